@@ -1,0 +1,222 @@
+"""An adapter: a plain PEFT LoRA, the recovery bypass beside it, and calora.json, which says what it was made for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from calora.artifacts import read_json, read_tensors, whole_directory, write_json, write_tensors, write_text
+from calora.calibrate import linear_layers
+from calora.errors import CaloraError
+from calora.recovery import RecoveryBypass, activate, attach, recovery_state
+
+CONFIG, LORA, RECOVERY, META = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "recovery.safetensors",
+    "calora.json",
+)
+PREFIX = "base_model.model."  # PEFT's, in front of every tensor name on disk
+MADE_BY = "run `dvc repro` to make the adapter"
+
+
+@dataclass
+class Adapter:
+    """An adapter in memory.
+
+    Args:
+        config: the PEFT configuration of the LoRA part.
+        lora: `<layer>.lora_A.weight` [r, in] and `<layer>.lora_B.weight` [out, r].
+        recovery: `<layer>.down` [in, rank] and `<layer>.up` [rank, out]; empty for a plain LoRA.
+        meta: what calora.json holds; empty for a plain LoRA.
+    """
+
+    config: LoraConfig
+    lora: dict[str, Tensor]
+    recovery: dict[str, Tensor] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> int:
+        """Number of trainable parameters."""
+        return sum(tensor.numel() for tensor in [*self.lora.values(), *self.recovery.values()])
+
+
+def lora_config(
+    rank: int, alpha: float, targets: list[str], wider: Mapping[str, int] | None = None, classifier: bool = False
+) -> LoraConfig:
+    """A PEFT configuration without dropout.
+
+    Args:
+        rank, alpha: LoRA's r and its alpha; the update is scaled by alpha / r.
+        targets: last parts of the names of the layers to adapt, such as `q_proj`.
+        wider: a larger rank for some of the targets; their scaling stays alpha / rank.
+        classifier: also train the classification head.
+    """
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT divides by r; it need not be whole
+        target_modules=list(targets),
+        lora_dropout=0.0,
+        rank_pattern=dict(wider or {}),
+        alpha_pattern={name: alpha * r / rank for name, r in (wider or {}).items()},
+        task_type="SEQ_CLS" if classifier else None,
+        modules_to_save=["classifier"] if classifier else None,
+    )
+
+
+def check_targets(model: nn.Module, targets: list[str], where: str) -> None:
+    """Raise unless each target is the last part of some linear layer's name."""
+    names = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+    missing = [target for target in targets if target not in names]
+    if missing or not targets:
+        raise CaloraError(where, f"names among {', '.join(names)}", missing or "none", f"change {where}")
+
+
+def inject(model: nn.Module, config: LoraConfig, name: str = "default") -> None:
+    """Put a fresh LoRA on `model` in place; everything but the LoRA is frozen."""
+    inject_adapter_in_model(config, model, adapter_name=name)
+
+
+def attach_adapter(model: Any, adapter: Adapter, name: str) -> None:
+    """Add an adapter's LoRA and its bypasses to `model` in place, strictly by name."""
+    inject(model, adapter.config, name)
+    result = set_peft_model_state_dict(model, adapter.lora, adapter_name=name)
+    missing = [key for key in result.missing_keys if ".lora_" in key and f".{name}." in key]
+    if missing or result.unexpected_keys:
+        wrong = [*missing, *result.unexpected_keys][0]
+        raise CaloraError(f"adapter {name}", "tensors that match the base's layers", wrong, "load its own base")
+    layers = linear_layers(model)
+    for layer in sorted({key.rsplit(".", 1)[0] for key in adapter.recovery}):
+        if layer not in layers:
+            raise CaloraError(f"recovery of {name}", "a layer of the base", layer, "load the adapter's own base")
+        down, up = adapter.recovery[f"{layer}.down"], adapter.recovery[f"{layer}.up"]
+        bypass = RecoveryBypass(down.shape[0], up.shape[1], down.shape[1], adapter.meta["activation"])
+        bypass.load_state_dict({"down": down, "up": up}, assign=True)
+        attach(layers[layer], name, bypass.requires_grad_(False))
+    freeze(model)
+
+
+def freeze(model: nn.Module) -> None:
+    """No parameter asks for a gradient."""
+    model.requires_grad_(False)
+
+
+def set_active(model: nn.Module, name: str | None) -> None:
+    """Make `name` the active LoRA and bypass everywhere; None switches both off."""
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.enable_adapters(name is not None)
+            if name is not None:
+                module.set_adapter(name, inference_mode=True)
+    activate(model, name)
+
+
+def lora_state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
+    """The LoRA tensors of a model by PEFT's names, without its prefix."""
+    state = get_peft_model_state_dict(model, adapter_name=name)
+    return {key.removeprefix(PREFIX): tensor.detach() for key, tensor in state.items()}
+
+
+def take_adapter(model: nn.Module, config: LoraConfig, meta: Mapping[str, Any], name: str = "default") -> Adapter:
+    """The adapter `name` as it stands on the model."""
+    return Adapter(config, lora_state(model, name), recovery_state(model, name), dict(meta))
+
+
+def write_adapter(directory: Path, adapter: Adapter, base: str, card: str, dtype: torch.dtype) -> None:
+    """Write an adapter folder that PEFT reads as a plain LoRA.
+
+    Where there is a recovery part, an extra key in adapter_config.json makes plain PEFT warn that it is not loaded.
+
+    Args:
+        base: what `base_model_name_or_path` says.
+        card: the text of README.md.
+        dtype: of the stored tensors.
+    """
+    with whole_directory(directory) as scratch:
+        adapter.config.base_model_name_or_path = base
+        adapter.config.inference_mode = True
+        adapter.config.save_pretrained(str(scratch))
+        if adapter.meta:
+            config = json.loads((scratch / CONFIG).read_text())
+            if adapter.recovery:
+                config["calora"] = f"the recovery part is in {RECOVERY}: load this folder with calora to use it"
+            write_json(scratch / CONFIG, config)
+            write_json(scratch / META, adapter.meta)
+        write_tensors(scratch / LORA, {PREFIX + key: tensor.to(dtype) for key, tensor in adapter.lora.items()})
+        if adapter.recovery:
+            write_tensors(scratch / RECOVERY, {key: tensor.to(dtype) for key, tensor in adapter.recovery.items()})
+        write_text(scratch / "README.md", card)
+
+
+def read_plain_lora(directory: Path, made_by: str = MADE_BY) -> Adapter:
+    """Read a PEFT LoRA folder (safetensors only)."""
+    config = read_json(directory / CONFIG, made_by)
+    if config.get("peft_type") != "LORA":
+        raise CaloraError(directory / CONFIG, "peft_type LORA", config.get("peft_type"), "name a LoRA adapter")
+    config.pop("calora", None)
+    tensors = read_tensors(directory / LORA, made_by)
+    lora = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+    return Adapter(LoraConfig.from_peft_type(**config), lora)
+
+
+def read_adapter(directory: Path) -> Adapter:
+    """Read a CA-LoRA adapter folder: the LoRA, the recovery part if it has one, and calora.json."""
+    adapter = read_plain_lora(directory)
+    adapter.meta = read_json(directory / META, MADE_BY)
+    if adapter.meta.get("recovery"):
+        adapter.recovery = read_tensors(directory / RECOVERY, MADE_BY)
+    return adapter
+
+
+def fold(adapter: Adapter) -> Adapter:
+    """Fold a linear bypass into the LoRA, exactly: s B A + (D U)^T = [s B, U^T] [A; D^T].
+
+    The result is a plain LoRA of rank r + rank on the layers that had both, which any LoRA runtime can serve.
+
+    Raises:
+        CaloraError: the bypass is not linear (`activation` is not `identity`).
+    """
+    activation = adapter.meta.get("activation", "identity")
+    if activation != "identity":
+        raise CaloraError("fold", "activation: identity", activation, "train with inherit.activation: identity")
+    lora, ranks = {}, {}
+    layers = {key.split(".lora_")[0] for key in adapter.lora} | {key.rsplit(".", 1)[0] for key in adapter.recovery}
+    for layer in sorted(layers):
+        rows, columns = [], []
+        if f"{layer}.lora_A.weight" in adapter.lora:
+            a, b = adapter.lora[f"{layer}.lora_A.weight"].float(), adapter.lora[f"{layer}.lora_B.weight"].float()
+            rows.append(a)
+            columns.append(b * lora_scale(adapter.config, layer))
+        if f"{layer}.down" in adapter.recovery:
+            rows.append(adapter.recovery[f"{layer}.down"].float().T)
+            columns.append(adapter.recovery[f"{layer}.up"].float().T)
+        lora[f"{layer}.lora_A.weight"] = torch.cat(rows)
+        lora[f"{layer}.lora_B.weight"] = torch.cat(columns, dim=1)
+        ranks[layer] = lora[f"{layer}.lora_A.weight"].shape[0]
+    config = lora_config(max(ranks.values()), max(ranks.values()), sorted(ranks))
+    config.rank_pattern = dict(ranks)
+    config.alpha_pattern = dict(ranks)  # alpha = r: the scale is in B already
+    return Adapter(config, lora)
+
+
+def lora_scale(config: LoraConfig, layer: str) -> float:
+    """PEFT's scaling of a layer: alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA."""
+    rank = _of_pattern(config.rank_pattern, layer, config.r)
+    alpha = _of_pattern(config.alpha_pattern, layer, config.lora_alpha)
+    return float(alpha / rank**0.5 if config.use_rslora else alpha / rank)
+
+
+def _of_pattern(pattern: Mapping[str, Any] | None, layer: str, default: float) -> float:
+    for name, value in (pattern or {}).items():
+        if layer == name or layer.endswith(f".{name}"):
+            return float(value)
+    return default

@@ -1,0 +1,138 @@
+"""Artifacts on disk: written whole or not at all, safetensors only, recognised by their SHA-256."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from calora.errors import CaloraError
+
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+
+
+@contextmanager
+def whole_directory(target: Path) -> Iterator[Path]:
+    """Yield a scratch directory that becomes `target` only if the block ends without an error.
+
+    An earlier `target` is replaced; after an error or a kill it is still there, untouched.
+    """
+    scratch = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    if target.exists():
+        shutil.rmtree(target)
+    scratch.rename(target)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` under a temporary name, then rename it to `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.partial")
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as indented JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path, made_by: str) -> dict[str, Any]:
+    """Read a JSON object; `made_by` names the command that makes the file when it is missing."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CaloraError(path, "a JSON file", "no such file", made_by) from None
+    except ValueError as error:
+        raise CaloraError(path, "valid JSON", error, f"delete it, then {made_by}") from None
+    if not isinstance(value, dict):
+        raise CaloraError(path, "a JSON object", type(value).__name__, f"delete it, then {made_by}")
+    return value
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors as safetensors, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.partial")
+    try:
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            scratch,
+            metadata={"format": "pt", **(metadata or {})},
+        )
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def read_tensors(path: Path, made_by: str) -> dict[str, Tensor]:
+    """Read a safetensors file; a missing, truncated or pickled one is a `CaloraError`."""
+    check_tensors(path, made_by)
+    return load_file(path)
+
+
+def check_tensors(path: Path, made_by: str) -> None:
+    """Raise unless `path` is a readable safetensors file (its header is read, its data is not)."""
+    if not path.exists():
+        pickles = [p.name for p in sorted(path.parent.glob("*")) if p.suffix in PICKLES]
+        if pickles:
+            raise CaloraError(
+                path, "safetensors", f"only pickles ({', '.join(pickles)})", "convert the weights to safetensors"
+            )
+        raise CaloraError(path, "a safetensors file", "no such file", made_by)
+    try:
+        with safe_open(path, framework="pt") as file:
+            file.keys()
+    except SafetensorError as error:
+        found = f"a broken or foreign file of {path.stat().st_size} bytes ({error})"
+        raise CaloraError(path, "a whole safetensors file", found, f"delete it, then {made_by}") from None
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(directory: Path) -> str:
+    """One SHA-256 over the names and bytes of a model's weights (`*.safetensors`), in name order.
+
+    It identifies the numbers that an adapter was made for, whatever the folder is called.
+    """
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise CaloraError(directory, "at least one *.safetensors file", "none", "name the folder of a model")
+    whole = hashlib.sha256()
+    for file in files:
+        whole.update(f"{file.name}\0{sha256(file)}\n".encode())
+    return whole.hexdigest()
+
+
+def check_hash(path: Path, expected: str, fix: str) -> None:
+    """Raise unless the file's SHA-256 is `expected`."""
+    found = sha256(path)
+    if found != expected:
+        raise CaloraError(path, f"SHA-256 {expected}", found, fix)
+
+
+def bytes_on_disk(directory: Path) -> int:
+    """Sum of the sizes of all files below `directory`, in bytes."""
+    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())

@@ -1,0 +1,88 @@
+"""Statistics of the inputs of linear layers over calibration examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from calora.batching import equal_length_batches
+from calora.errors import CaloraError
+from calora.models import family_of
+from calora.tasks import Example
+
+MOMENT_BYTES = 2**30  # second moments held at once; wider models take more passes instead of more memory
+
+
+def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """The linear layers of the transformer blocks, by name: what is compressed and what is recovered.
+
+    The output head is left out: it belongs with the embeddings.
+    """
+    head = model.get_output_embeddings()
+    return {
+        name.replace(".base_layer", ""): module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and ".lora_" not in name
+    }
+
+
+def input_square_sums(model: PreTrainedModel, examples: Sequence[Example]) -> dict[str, Tensor]:
+    """Layer name -> sum over tokens of x^2, fp32 [in] (Wanda's ||X_j||^2)."""
+    return _accumulate(model, examples, linear_layers(model), lambda x: x.square().sum(0), "input norms")
+
+
+def input_second_moments(
+    model: PreTrainedModel, examples: Sequence[Example], layers: Mapping[str, nn.Linear]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (layer name, X^T X) with fp32 [in, in], a group of layers at a time to bound the memory."""
+    group: dict[str, nn.Linear] = {}
+    for name, layer in layers.items():
+        group[name] = layer
+        if sum(4 * item.in_features**2 for item in group.values()) >= MOMENT_BYTES:
+            yield from _accumulate(model, examples, group, lambda x: x.T @ x, "input covariance").items()
+            group = {}
+    if group:
+        yield from _accumulate(model, examples, group, lambda x: x.T @ x, "input covariance").items()
+
+
+def _accumulate(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    layers: Mapping[str, nn.Linear],
+    statistic: Callable[[Tensor], Tensor],
+    title: str,
+) -> dict[str, Tensor]:
+    if not examples:
+        raise CaloraError("calibration", "at least one text", "none", "raise compress.calibration.texts")
+    sums: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            value = statistic(args[0].detach().flatten(0, -2).float())
+            sums[name] = sums[name] + value if name in sums else value
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
+    try:
+        family = family_of(model)
+        with torch.no_grad():
+            # Equal lengths: a padded position would count as an input.
+            batches = equal_length_batches([len(e.prompt_ids) for e in examples], 16)
+            for indices in tqdm(batches, desc=title, unit="batch", disable=None):
+                batch = family.collate([Example(examples[i].prompt_ids) for i in indices], model)
+                family.forward(model, batch, torch.tensor([0]))
+    finally:
+        for handle in handles:
+            handle.remove()
+    silent = sorted(set(layers) - set(sums))
+    if silent:
+        raise CaloraError("calibration", "an input for every linear layer", f"none for {silent[0]}", "check the base")
+    for name, value in sums.items():
+        if not bool(value.isfinite().all()):
+            raise CaloraError(f"inputs of {name}", "finite values", "NaN or Inf", "check the base's weights")
+    return sums

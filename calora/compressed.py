@@ -1,0 +1,173 @@
+"""A compressed model on disk and in memory: packed safetensors, compression.json, and hot-swappable adapters."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from calora.adapters import attach_adapter, read_adapter, set_active
+from calora.artifacts import fingerprint, read_json, read_tensors, whole_directory, write_json, write_tensors
+from calora.compression import dense_weight
+from calora.compression.nf4 import restore_nf4
+from calora.errors import CaloraError
+from calora.evaluate import predict
+from calora.models import load_tokenizer, model_class
+from calora.packed import PackedEmbedding, PackedLinear
+from calora.tasks import Task, encode_all
+
+REPORT = "compression.json"
+WEIGHTS = "model.safetensors"
+MADE_BY = "run `dvc repro` to make the compressed model"
+CARRIED = ("config.json", "generation_config.json", "*token*", "*.model", "vocab*", "merges*", "chat_template*")
+
+
+class Compressed:
+    """What `calora.load` adds to a transformers model: adapters by name, and answers to plain texts."""
+
+    calora_fingerprint: str
+    calora_tokenizer: PreTrainedTokenizerBase
+    calora_tasks: dict[str, Task]
+
+    def load_adapter(self, path: str | Path, name: str) -> None:
+        """Load a CA-LoRA adapter folder under `name`; the first one loaded becomes active.
+
+        Raises:
+            CaloraError: the folder is not an adapter, or it was made for another compressed base.
+        """
+        adapter = read_adapter(Path(path))
+        made_for = adapter.meta["compressed_fingerprint"]
+        if made_for != self.calora_fingerprint:
+            raise CaloraError(
+                f"adapter {path}",
+                f"the compressed base that it was made for, {made_for}",
+                f"the loaded base {self.calora_fingerprint}",
+                "load that base, or run the pipeline for this one",
+            )
+        attach_adapter(self, adapter, name)
+        self.calora_tasks[name] = Task.from_json(adapter.meta["task"])
+        if len(self.calora_tasks) == 1:
+            self.set_adapter(name)
+        else:
+            set_active(self, self.calora_active)
+
+    def set_adapter(self, name: str | None) -> None:
+        """Switch to the adapter `name` (its LoRA and its bypass); None uses the compressed model alone."""
+        if name is not None and name not in self.calora_tasks:
+            raise CaloraError("set_adapter", f"one of {sorted(self.calora_tasks)}", name, "load it with load_adapter")
+        self.calora_active = name
+        set_active(self, name)
+
+    def answer(self, texts: Sequence[str | Mapping[str, Any]], batch_size: int = 16) -> list[str]:
+        """Answer texts with the active adapter's task: a text, or a mapping with the prompt's columns."""
+        task = self.calora_tasks.get(self.calora_active or "")
+        if task is None:
+            raise CaloraError("answer", "an active adapter", "none", "call load_adapter and set_adapter first")
+        rows = [{task.columns[0]: text} if isinstance(text, str) else text for text in texts]
+        examples = encode_all(task, self.calora_tokenizer, rows)
+        return predict(self, task, self.calora_tokenizer, examples, batch_size).answers
+
+    calora_active: str | None = None
+
+
+def save(model: PreTrainedModel, report: dict[str, Any], directory: Path, base: Path) -> None:
+    """Write a compressed model: packed weights, compression.json, configuration and the base's tokenizer.
+
+    Tensors that are shared in memory (tied embeddings) are stored once.
+    """
+    tensors: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    names: dict[int, str] = {}
+    for name, tensor in model.state_dict().items():
+        first = names.setdefault(tensor.data_ptr(), name) if tensor.numel() else name
+        if first == name:
+            tensors[name] = tensor
+        else:
+            tied[name] = first
+    with whole_directory(directory) as scratch:
+        for pattern in CARRIED:
+            for file in base.glob(pattern):
+                shutil.copyfile(file, scratch / file.name)
+        write_tensors(scratch / WEIGHTS, tensors)
+        stored = sum(file.stat().st_size for file in scratch.iterdir())
+        total = {
+            "bytes_base": sum(file.stat().st_size for file in base.iterdir() if file.is_file()),
+            "bytes_without_this_report": stored,
+            "base_fingerprint": fingerprint(base),
+            "fingerprint": fingerprint(scratch),
+        }
+        write_json(scratch / REPORT, {**total, **report, "tied": tied})
+
+
+def load(path: str | Path, dense: bool = False, attention: str = "sdpa", device: str = "cpu") -> Any:
+    """Load a compressed model: a transformers model with packed layers that also takes CA-LoRA adapters.
+
+    Args:
+        path: a folder that the compress stage (or `calora.save`) wrote.
+        dense: unpack every layer to the base's dtype: the same values, more memory, fast to train.
+        attention: `sdpa`, or `eager` to train on a CPU.
+        device: where to put it; a packed layer computes where its input is.
+
+    Raises:
+        CaloraError: a file is missing, truncated, or not the one that compression.json describes.
+    """
+    directory = Path(path)
+    report = read_json(directory / REPORT, MADE_BY)
+    stored = read_tensors(directory / WEIGHTS, MADE_BY)
+    found = fingerprint(directory)
+    if found != report["fingerprint"]:
+        raise CaloraError(directory / WEIGHTS, f"fingerprint {report['fingerprint']}", found, f"it was edited: {MADE_BY}")
+    config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    config._attn_implementation = attention
+    cls: Any = model_class(config, directory)
+    with init_empty_weights(include_buffers=False):
+        model = cls._from_config(config, dtype=config.dtype)
+    tensors = stored | {alias: stored[name] for alias, name in report["tied"].items()}
+    for name, entry in report["layers"].items():
+        prefix = f"{name}."
+        own = {key.removeprefix(prefix): tensors[key] for key in list(tensors) if key.startswith(prefix)}
+        layer = _restore(model.get_submodule(name), entry, config.dtype, own)
+        model.set_submodule(name, _dense(layer, config.dtype) if dense else layer)
+        for key in own:
+            del tensors[prefix + key]
+    model.load_state_dict(tensors, strict=False, assign=True)
+    if dense:
+        model.tie_weights()
+    empty = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    if empty:
+        raise CaloraError(directory / WEIGHTS, f"a tensor {empty[0]}", "none", MADE_BY)
+    model.__class__ = type(f"Compressed{cls.__name__}", (Compressed, cls), {})
+    model.calora_fingerprint, model.calora_tasks = found, {}
+    model.calora_tokenizer = load_tokenizer(directory)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _restore(empty: nn.Module, entry: Mapping[str, Any], dtype: torch.dtype, tensors: dict[str, Tensor]) -> nn.Module:
+    if entry["kind"] == "nf4":
+        layer: nn.Module = restore_nf4(entry["in"], entry["out"], dtype, tensors)
+        return layer
+    if entry["kind"] == "embedding":
+        padding = empty.padding_idx if isinstance(empty, nn.Embedding) else None
+        layer = PackedEmbedding(entry["rows"], entry["width"], padding, dtype)
+    else:
+        layer = PackedLinear(entry["in"], entry["out"], entry["bias"], entry["pattern"], entry["format"], dtype)
+    layer.load_state_dict(tensors, strict=True, assign=True)
+    return layer.requires_grad_(False)
+
+
+def _dense(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
+    weight = nn.Parameter(dense_weight(layer, dtype), requires_grad=False)
+    if isinstance(layer, nn.Embedding):
+        table = nn.Embedding(*weight.shape, padding_idx=layer.padding_idx, _weight=weight)
+        return table
+    assert isinstance(layer, nn.Linear)
+    with torch.device("meta"):
+        dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, dtype=dtype)
+    dense.weight, dense.bias = weight, layer.bias
+    return dense

@@ -1,0 +1,10 @@
+"""The one exception that calora raises for a mistake that its user can mend."""
+
+from __future__ import annotations
+
+
+class CaloraError(Exception):
+    """A user's mistake, told in one line: where it is, what was expected, what was found, how to mend it."""
+
+    def __init__(self, where: object, expected: object, found: object, fix: str) -> None:
+        super().__init__(f"{where}: expected {expected}, found {found}. Fix: {fix}")

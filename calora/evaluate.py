@@ -1,0 +1,66 @@
+"""Run a model over examples and return its answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from calora.batching import length_batches
+from calora.metrics import normalise
+from calora.models import Classifier, family_of
+from calora.tasks import Example, Task
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """`answers` in the order of the examples; `labels` are their indices (scored tasks), -1 for generated ones."""
+
+    answers: list[str]
+    labels: list[int]
+
+
+def predict(
+    model: Any,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    batch_size: int,
+    title: str | None = None,
+) -> Predictions:
+    """Answer every example: by the highest answer logit (scored), or by greedy generation.
+
+    Args:
+        title: names a progress bar; without one there is none.
+    """
+    family = family_of(model)
+    answers, labels = [""] * len(examples), [-1] * len(examples)
+    scored_ids = None
+    if task.scored and not isinstance(family, Classifier):
+        scored_ids = torch.tensor(task.answer_token_ids(tokenizer))
+    batches = length_batches([len(e.prompt_ids) for e in examples], batch_size)
+    with torch.no_grad():
+        for indices in tqdm(batches, desc=title, unit="batch", disable=None if title else True):
+            prompts = [Example(examples[i].prompt_ids) for i in indices]
+            if task.scored:
+                output = family.forward(model, family.collate(prompts, model), scored_ids)
+                for i, label in zip(indices, output.logits.float().argmax(-1).tolist(), strict=True):
+                    labels[i], answers[i] = label, task.answers[label].strip()
+            else:
+                for i, ids in zip(indices, family.generate(model, prompts, task.max_new_tokens), strict=True):
+                    answers[i] = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+    return Predictions(answers, labels)
+
+
+def correct(predictions: Predictions, examples: Sequence[Example]) -> list[bool]:
+    """Whether each answer is right: the label, or an exact match with some reference (SQuAD's normalisation)."""
+    return [
+        label == example.label
+        if example.label >= 0
+        else normalise(answer) in {normalise(reference) for reference in example.references}
+        for answer, label, example in zip(predictions.answers, predictions.labels, examples, strict=True)
+    ]

@@ -1,0 +1,99 @@
+"""The recovery module of the paper: R(X) = sigma(X D) U, beside a linear layer (arXiv 2307.07705, section 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from calora.errors import CaloraError
+
+ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "identity": lambda x: x}
+CHILD = "recovery"  # under this name a linear layer holds its bypasses, one an adapter
+
+
+class RecoveryBypass(nn.Module):
+    """Low-rank bypass R(X) = sigma(X D) U.
+
+    D is `down` [in, rank], U is `up` [rank, out]. U starts at zero, so that a new bypass is an exact no-op.
+
+    Args:
+        in_features, out_features: widths of the linear layer that it stands beside.
+        rank: 1 <= rank <= min(in_features, out_features).
+        activation: `gelu`, `relu`, `silu` or `identity` (sigma).
+
+    Raises:
+        CaloraError: the rank or the activation is outside its range.
+    """
+
+    def __init__(self, in_features: int, out_features: int, rank: int, activation: str) -> None:
+        super().__init__()
+        widest = min(in_features, out_features)
+        if not 1 <= rank <= widest:
+            raise CaloraError("rank of the bypass", f"1 to {widest} (the layer's width)", rank, "set inherit.rank")
+        if activation not in ACTIVATIONS:
+            raise CaloraError("activation", f"one of {', '.join(ACTIVATIONS)}", activation, "set inherit.activation")
+        self.activation = activation
+        self.down = nn.Parameter(torch.randn(in_features, rank) / in_features**0.5)
+        self.up = nn.Parameter(torch.zeros(rank, out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out], in the dtype of the parameters, returned in that of `x`."""
+        hidden = ACTIVATIONS[self.activation](x.to(self.down.dtype) @ self.down)
+        return (hidden @ self.up).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Shapes, as `print(model)` shows them."""
+        return f"{self.down.shape[0]} -> {self.down.shape[1]} -> {self.up.shape[1]}, {self.activation}"
+
+
+class Bypasses(nn.ModuleDict):
+    """The bypasses of one linear layer, by adapter name; only the active one is applied."""
+
+    active: str | None = None
+
+
+def _add_bypass(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    bypasses: Bypasses = getattr(layer, CHILD)
+    if bypasses.active is None or bypasses.active not in bypasses:
+        return output
+    recovered: Tensor = bypasses[bypasses.active](args[0])
+    return output + recovered
+
+
+def attach(layer: nn.Module, name: str, bypass: RecoveryBypass) -> None:
+    """Put `bypass` beside `layer`: from now on layer(x) is its own output + R(x) whenever `name` is active.
+
+    Works with any module that maps [..., in] to [..., out]: dense, quantised, or already wrapped by PEFT.
+    A forward hook adds it, so no weight and no parameter name of `layer` changes.
+    """
+    if not hasattr(layer, CHILD):
+        layer.add_module(CHILD, Bypasses())
+        layer.register_forward_hook(_add_bypass)
+    bypasses: Bypasses = getattr(layer, CHILD)
+    bypasses[name] = bypass
+
+
+def bypasses_of(model: nn.Module) -> Iterator[tuple[str, Bypasses]]:
+    """All (layer name, bypasses) of a model; PEFT's own wrapping does not show in the layer name."""
+    for name, module in model.named_modules():
+        if isinstance(module, Bypasses):
+            yield name.removesuffix(f".{CHILD}").removesuffix(".base_layer"), module
+
+
+def activate(model: nn.Module, name: str | None) -> None:
+    """Make the bypasses called `name` the active ones everywhere; None switches all off."""
+    for _, bypasses in bypasses_of(model):
+        bypasses.active = name
+
+
+def recovery_state(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """The tensors of adapter `name`: `<layer>.down` [in, rank] and `<layer>.up` [rank, out]."""
+    return {
+        f"{layer}.{part}": tensor.detach()
+        for layer, bypasses in bypasses_of(model)
+        if name in bypasses
+        for part, tensor in bypasses[name].state_dict().items()
+    }

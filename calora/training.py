@@ -1,0 +1,220 @@
+"""The one training loop: teacher, baselines and student differ in their loss and in nothing else.
+
+It is fast on a CPU because the trainable parameters live in one flat buffer (one optimiser call, one norm),
+are computed in the model's dtype with fp32 masters, and because batches hold almost no padding.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from calora.artifacts import read_json, read_tensors, write_tensors
+from calora.errors import CaloraError
+
+Losses = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast.
+
+    Args:
+        steps: optimiser steps, >= 1.
+        lr: peak learning rate; it rises linearly over `warmup` steps, then falls linearly to 0.
+        warmup: steps, < steps.
+        clip: largest norm of the gradient.
+        eval_every: steps between two looks at the validation score; the best one's parameters are kept.
+        checkpoint_seconds: seconds between two checkpoints; a kill costs no more work than that.
+    """
+
+    steps: int
+    lr: float
+    warmup: int
+    clip: float
+    eval_every: int
+    checkpoint_seconds: float
+
+    def rate(self, step: int) -> float:
+        """Learning rate of step 0, 1, ..."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        return self.lr * (self.steps - step) / max(self.steps - self.warmup, 1)
+
+
+@dataclass
+class History:
+    """Curves: one row per step (`loss` and its parts), and one per evaluation (`step`, `score`)."""
+
+    losses: list[dict[str, float]] = field(default_factory=list)
+    scores: list[dict[str, float]] = field(default_factory=list)
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def best(self) -> dict[str, float]:
+        """The evaluation with the highest score, the earliest of equals."""
+        return max(self.scores, key=lambda row: (row["score"], -row["step"]))
+
+
+class MasterWeights:
+    """Flat fp32 masters of the trainable parameters; parameters and gradients are views into flat buffers.
+
+    The model computes in its own dtype; the optimiser sees one fp32 tensor. Where the model is fp32, the
+    parameters are views of the masters themselves.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> None:
+        self.parameters = list(parameters)
+        if not self.parameters:
+            raise CaloraError("training", "trainable parameters", "none", "check the target modules")
+        device = self.parameters[0].device
+        self.master = torch.cat([p.detach().float().flatten() for p in self.parameters])
+        self.working = self.master if dtype == torch.float32 else self.master.to(dtype)
+        self.working_grad = torch.zeros_like(self.working)
+        self.master.grad = torch.zeros_like(self.master)
+        offset = 0
+        for p in self.parameters:
+            span = slice(offset, offset + p.numel())
+            p.data = self.working[span].view(p.shape)
+            p.requires_grad_(True)
+            p.grad = self.working_grad[span].view(p.shape)
+            offset += p.numel()
+        self.optimizer = torch.optim.AdamW([self.master], lr=0.0, weight_decay=0.0, fused=device.type in ("cpu", "cuda"))
+
+    def step(self, rate: float, clip: float) -> float:
+        """One AdamW step on the gradients that `backward` left; returns the norm of the gradient."""
+        assert self.master.grad is not None
+        self.master.grad.copy_(self.working_grad)
+        norm = float(nn.utils.clip_grad_norm_([self.master], clip))
+        self.optimizer.param_groups[0]["lr"] = rate
+        self.optimizer.step()
+        self.working_grad.zero_()
+        self.publish()
+        return norm
+
+    def publish(self) -> None:
+        """Copy the masters to the parameters that the model computes with."""
+        if self.working is not self.master:
+            self.working.copy_(self.master)
+
+    def state(self) -> dict[str, Tensor]:
+        """Masters and moments, for a checkpoint."""
+        state = self.optimizer.state.get(self.master, {})
+        return {"master": self.master.detach(), **{f"adam.{name}": value for name, value in state.items()}}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state`."""
+        self.master.data.copy_(state["master"])
+        self.optimizer.state[self.master] = {
+            name.removeprefix("adam."): value for name, value in state.items() if name.startswith("adam.")
+        }
+        self.publish()
+
+
+class Checkpoint:
+    """Where a run saves itself so that a kill loses little. A checkpoint of another run (another key) is ignored."""
+
+    def __init__(self, directory: Path, key: str) -> None:
+        self.path = directory / "checkpoint.safetensors"
+        self.key = key
+
+    def save(self, step: int, history: History, tensors: dict[str, Tensor]) -> None:
+        """Replace the checkpoint, whole or not at all."""
+        about = {"key": self.key, "step": str(step), "history": json.dumps(asdict(history))}
+        write_tensors(self.path, tensors, about)
+
+    def read(self) -> tuple[int, History, dict[str, Tensor]] | None:
+        """The last checkpoint of this very run, or None."""
+        if not self.path.exists():
+            return None
+        from safetensors import safe_open
+
+        try:
+            tensors = read_tensors(self.path, "the run starts anew")
+            with safe_open(self.path, framework="pt") as file:
+                about = file.metadata()
+        except CaloraError:
+            return None
+        if about.get("key") != self.key:
+            return None
+        return int(about["step"]), History(**json.loads(about["history"])), tensors
+
+    def clear(self) -> None:
+        """Remove it: the run is finished and saved."""
+        self.path.unlink(missing_ok=True)
+
+
+def train(
+    parameters: Iterable[nn.Parameter],
+    loss_of_step: Callable[[int], tuple[Losses, int]],
+    score: Callable[[], float],
+    schedule: Schedule,
+    dtype: torch.dtype,
+    checkpoint: Checkpoint | None = None,
+    title: str = "train",
+) -> History:
+    """Train `parameters` in place; they end at the values that had the best validation score.
+
+    Args:
+        loss_of_step: step -> (losses by name, of which `loss` is minimised; real tokens read). It must depend on
+            nothing but the step and the parameters: so a resumed run equals an uninterrupted one bit for bit.
+        score: the validation score of the parameters as they are, higher is better.
+        dtype: in which the model computes; masters and moments are fp32.
+
+    Raises:
+        CaloraError: the loss is not finite.
+    """
+    weights = MasterWeights(parameters, dtype)
+    history, start, best = History(), 0, weights.master.detach().clone()
+    saved = checkpoint.read() if checkpoint else None
+    if saved:
+        start, history, tensors = saved
+        best = tensors.pop("best")
+        weights.restore(tensors)
+        tqdm.write(f"{title}: resumes after step {start} of {schedule.steps}")
+    elif schedule.eval_every:
+        history.scores.append({"step": 0, "score": score()})
+    last_save = clock = time.monotonic()
+    bar = tqdm(range(start, schedule.steps), initial=start, total=schedule.steps, desc=title, unit="step", disable=None)
+    for step in bar:
+        losses, tokens = loss_of_step(step)
+        losses["loss"].backward()  # type: ignore[no-untyped-call]
+        row = {name: float(value.detach()) for name, value in losses.items()}
+        if not math.isfinite(row["loss"]):
+            raise CaloraError(f"{title}, step {step}", "a finite loss", row["loss"], "lower the learning rate")
+        weights.step(schedule.rate(step), schedule.clip)
+        history.losses.append({"step": step + 1, **row})
+        history.tokens += tokens
+        done = step + 1
+        history.seconds += time.monotonic() - clock
+        if done == schedule.steps or (schedule.eval_every and done % schedule.eval_every == 0):
+            history.scores.append({"step": done, "score": score()})
+            if history.best["step"] == done:
+                best = weights.master.detach().clone()
+            bar.set_postfix(loss=f"{row['loss']:.3f}", validation=f"{history.scores[-1]['score']:.3f}")
+        clock = time.monotonic()
+        if checkpoint and clock - last_save >= schedule.checkpoint_seconds and done < schedule.steps:
+            checkpoint.save(done, history, {**weights.state(), "best": best})
+            last_save = clock = time.monotonic()
+    weights.master.data.copy_(best)
+    weights.publish()
+    for parameter in weights.parameters:
+        parameter.grad = None
+        parameter.requires_grad_(False)
+    return history
+
+
+def read_history(path: Path) -> History:
+    """A history that a stage stored as JSON."""
+    value: dict[str, Any] = read_json(path, "run `dvc repro`")
+    return History(**value)

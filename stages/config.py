@@ -1,0 +1,293 @@
+"""params.yaml as typed, checked values. Defaults live in params.yaml alone: every key must be there, no other may be.
+
+This file checks and never computes, so it is no dependency of a stage; the values that it reads are.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from calora.errors import CaloraError
+
+PARAMS = Path("params.yaml")
+Positive = Annotated[int, Field(ge=1)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Name = Annotated[str, Field(pattern="^[A-Za-z0-9_.]+$")]
+
+
+class Section(BaseModel):
+    """A section of params.yaml: no unknown key, no missing one, no silent conversion between kinds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class PyPI(Section):
+    """A file inside a package of the Python Package Index, by exact version and hash."""
+
+    source: Literal["pypi"]
+    package: str
+    version: str
+    sha256: Sha256
+    member: str
+
+
+class Hub(Section):
+    """A model repository with the Hugging Face hub's layout, at one revision."""
+
+    source: Literal["hub"]
+    repo: str
+    revision: str
+
+
+class Folder(Section):
+    """A model folder on this machine; `sha256` is the fingerprint of its weights."""
+
+    source: Literal["path"]
+    path: str
+    sha256: Sha256
+
+
+ModelSource = Annotated[PyPI | Hub | Folder, Field(discriminator="source")]
+
+
+class Archive(Section):
+    """A package that holds an archive of corpora."""
+
+    package: str
+    version: str
+    sha256: Sha256
+    member: str
+
+
+class Prompted(Section):
+    """What every data set says of its task."""
+
+    prompt: str
+    answers: list[str]
+    max_tokens: Positive
+    max_new_tokens: Positive
+
+
+class Scores(Prompted):
+    """Lines `id, score, text`, split by document; the label is the sign of the score."""
+
+    source: Literal["scores"]
+    archive: str
+    member: str
+    neutral: Weight
+
+
+class Files(Prompted):
+    """Local files (jsonl, json, csv, tsv, parquet), one a split; validation may be null: then it is split off train.
+
+    `label` names the column of the label or of the answer; `labels` are its values, in the order of `answers`.
+    """
+
+    source: Literal["files"]
+    train: str
+    validation: str | None
+    test: str
+    label: str
+    labels: list[str | int]
+
+
+class HubData(Prompted):
+    """A dataset repository with the hub's layout, at one revision."""
+
+    source: Literal["hub"]
+    repo: str
+    revision: str
+    subset: str | None
+    train: str
+    validation: str | None
+    test: str
+    label: str
+    labels: list[str | int]
+
+
+DataSet = Annotated[Scores | Files | HubData, Field(discriminator="source")]
+
+
+class Split(Section):
+    """Shares of the documents."""
+
+    validation: Annotated[float, Field(gt=0, lt=0.5)]
+    test: Annotated[float, Field(gt=0, lt=0.5)]
+
+
+class Sizes(Section):
+    """Most rows of each split."""
+
+    train: Positive
+    unlabelled: Annotated[int, Field(ge=0)]
+    validation: Positive
+    test: Positive
+
+
+class Data(Section):
+    """Where the tasks' rows come from."""
+
+    split: Split
+    sizes: Sizes
+    archives: dict[str, Archive]
+    sets: dict[Name, DataSet]
+
+
+class Imported(Section):
+    """A PEFT adapter that the user has already; `sha256` is the fingerprint of its weights."""
+
+    path: str
+    sha256: Sha256
+
+
+class Teacher(Section):
+    """The LoRA on the uncompressed LLM."""
+
+    adapters: dict[str, Imported]
+    rank: Positive
+    lora_alpha: Annotated[float, Field(gt=0)]
+    targets: Annotated[list[str], Field(min_length=1)]
+    top_k: Positive
+
+
+class Train(Section):
+    """The schedule of every training."""
+
+    steps: Positive
+    batch_size: Positive
+    lr: Annotated[float, Field(gt=0, lt=1)]
+    warmup: Annotated[int, Field(ge=0)]
+    clip: Annotated[float, Field(gt=0)]
+    eval_every: Positive
+    eval_batch_size: Positive
+    checkpoint_seconds: Annotated[float, Field(gt=0, le=60)]
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> Train:
+        if self.warmup >= self.steps:
+            raise ValueError(f"warmup must be below steps ({self.steps}), found {self.warmup}")
+        return self
+
+
+class Calibration(Section):
+    """The sample of unlabelled texts that compression looks at."""
+
+    texts: Positive
+    seed: int
+
+
+class Inherit(Section):
+    """The bypass and its start."""
+
+    targets: Annotated[list[str], Field(min_length=1)]
+    rank: Positive
+    activation: Literal["gelu", "relu", "silu", "identity"]
+    start: Literal["weighted_error", "zero"]
+    calibration_texts: Positive
+
+    @model_validator(mode="after")
+    def _even(self) -> Inherit:
+        if self.start == "weighted_error" and self.activation != "identity" and self.rank % 2:
+            raise ValueError(f"rank must be even for the warm start with {self.activation}, found {self.rank}")
+        return self
+
+
+class Distill(Section):
+    """The weights of the loss."""
+
+    alpha: Weight
+    alpha_encoder: Weight
+    kl: Weight
+    labelled: Weight
+    unlabelled: Weight
+    unlabelled_every: Annotated[int, Field(ge=0)]
+
+
+class Evaluate(Section):
+    """How the test set is scored."""
+
+    batch_size: Positive
+    draws: Annotated[int, Field(ge=100)]
+
+
+class Params(Section):
+    """All of params.yaml."""
+
+    seed: Annotated[int, Field(ge=0)]
+    tasks: Annotated[list[str], Field(min_length=1)]
+    recipes: Annotated[list[str], Field(min_length=1)]
+    base: ModelSource
+    small: ModelSource
+    data: Data
+    teacher: Teacher
+    train: Train
+    compress: dict[Name, Any]
+    inherit: Inherit
+    distill: Distill
+    evaluate: Evaluate
+
+    @property
+    def calibration(self) -> Calibration:
+        """compress.calibration."""
+        return Calibration.model_validate(self.compress["calibration"])
+
+    @property
+    def compressions(self) -> dict[str, Any]:
+        """The recipes of `compress`, by name."""
+        return {name: recipe for name, recipe in self.compress.items() if name != "calibration"}
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> Params:
+        if "calibration" not in self.compress:
+            raise ValueError("compress.calibration is missing")
+        Calibration.model_validate(self.compress["calibration"])
+        for kind, wanted, known in (
+            ("tasks", self.tasks, list(self.data.sets)),
+            ("recipes", self.recipes, list(self.compressions)),
+        ):
+            for name in wanted:
+                if name not in known:
+                    raise ValueError(f"{kind} names '{name}'; known: {', '.join(known)}")
+            if len(set(wanted)) < len(wanted):
+                raise ValueError(f"{kind} names one entry twice: {', '.join(wanted)}")
+        for name, data in self.data.sets.items():
+            if isinstance(data, Scores) and data.archive not in self.data.archives:
+                raise ValueError(f"data.sets.{name}.archive names '{data.archive}'; known: {', '.join(self.data.archives)}")
+            if not isinstance(data, Scores) and len(data.labels) != len(data.answers):
+                raise ValueError(f"data.sets.{name} has {len(data.labels)} labels and {len(data.answers)} answers")
+            if len(data.answers) == 1:
+                raise ValueError(f"data.sets.{name}.answers needs two answers or more, or none (a generated answer)")
+        return self
+
+
+def load_params(path: Path = PARAMS) -> Params:
+    """Read and check params.yaml; the first mistake found is raised as a `CaloraError` that names its key."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CaloraError(path, "the pipeline's parameters", "no such file", "run from the project's folder") from None
+    except yaml.YAMLError as error:
+        raise CaloraError(path, "valid YAML", " ".join(str(error).split()), "mend the line") from None
+    try:
+        return Params.model_validate(raw)
+    except ValidationError as error:
+        raise _told_shortly(error, path) from None
+
+
+def _told_shortly(error: ValidationError, path: Path) -> CaloraError:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"] if part not in ("pypi", "hub", "path", "scores", "files"))
+    found = "nothing" if first["type"] == "missing" else repr(first["input"])
+    if first["type"] == "extra_forbidden":
+        return CaloraError(f"{path}: {key}", "no such key", found[:80], "remove it, or correct its spelling")
+    expected = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if first["type"] == "value_error":
+        return CaloraError(path, expected, "this value", "mend it in params.yaml")
+    if first["type"] == "missing":
+        return CaloraError(f"{path}: {key}", "a value", "nothing", "add the key; the README's params.yaml has it")
+    return CaloraError(f"{path}: {key}", expected, found[:80], "mend it in params.yaml")
