@@ -122,7 +122,9 @@ def load(path: str | Path, dense: bool = False, attention: str = "sdpa", device:
     stored = read_tensors(directory / WEIGHTS, MADE_BY)
     found = fingerprint(directory)
     if found != report["fingerprint"]:
-        raise CaloraError(directory / WEIGHTS, f"fingerprint {report['fingerprint']}", found, f"it was edited: {MADE_BY}")
+        raise CaloraError(
+            directory / WEIGHTS, f"fingerprint {report['fingerprint']}", found, f"it was edited: {MADE_BY}"
+        )
     config = AutoConfig.from_pretrained(directory, local_files_only=True)
     config._attn_implementation = attention
     cls: Any = model_class(config, directory)

@@ -52,7 +52,12 @@ def hidden_distance(hidden: Tensor, mask: Tensor, target: Tensor) -> Tensor:
     """
     states = hidden[mask]
     if states.shape != target.shape:
-        raise CaloraError("teacher targets", f"hidden states {tuple(states.shape)}", tuple(target.shape), "run `dvc repro` from teacher on")
+        raise CaloraError(
+            "teacher targets",
+            f"hidden states {tuple(states.shape)}",
+            tuple(target.shape),
+            "run `dvc repro` from teacher on",
+        )
     return F.mse_loss(states.float(), target.float())
 
 

@@ -31,10 +31,17 @@ def map_lora(model: Any, lora: dict[str, Tensor]) -> dict[str, list[int]]:
     for key in lora:
         layer, _, part = key.partition(".lora_")
         if layer not in layers or part not in ("A.weight", "B.weight"):
-            raise CaloraError(f"inherited tensor {key}", "a linear layer of the compressed base", "none of that name", "use an adapter of this base")
+            raise CaloraError(
+                f"inherited tensor {key}",
+                "a linear layer of the compressed base",
+                "none of that name",
+                "use an adapter of this base",
+            )
         pair = [lora.get(f"{layer}.lora_A.weight"), lora.get(f"{layer}.lora_B.weight")]
         if pair[0] is None or pair[1] is None:
-            raise CaloraError(f"inherited layer {layer}", "both lora_A and lora_B", "one of them", "retrain the adapter")
+            raise CaloraError(
+                f"inherited layer {layer}", "both lora_A and lora_B", "one of them", "retrain the adapter"
+            )
         have, want = [pair[0].shape[1], pair[1].shape[0]], [layers[layer].in_features, layers[layer].out_features]
         if have != want:
             raise CaloraError(f"inherited layer {layer}", f"in, out = {want}", have, "use an adapter of this base")

@@ -75,9 +75,7 @@ class PackedLinear(nn.Linear):
         """Pack a dense layer. `keep` [out, in] marks its 2:4 pattern; None keeps all weights."""
         weight = layer.weight.detach()
         pattern = "dense" if keep is None else "2:4"
-        packed = cls(
-            layer.in_features, layer.out_features, layer.bias is not None, pattern, format, layer.weight.dtype
-        )
+        packed = cls(layer.in_features, layer.out_features, layer.bias is not None, pattern, format, layer.weight.dtype)
         if keep is not None:
             weight, packed.positions = pack_2_4(weight, keep)
         if layer.bias is not None:

@@ -5,7 +5,6 @@ So the teacher is never in memory beside the student, and every change of compre
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,8 +152,3 @@ class Targets:
         hidden = {s: torch.cat([f.get_tensor(f"{r}.hidden.{s}") for f, r in rows]) for s in self.stacks}
         token_ids, logits = (torch.cat([f.get_tensor(f"{r}.{n}") for f, r in rows]) for n in ("token_ids", "logits"))
         return Target(hidden, token_ids, logits)
-
-
-def index_json(directory: Path) -> str:
-    """The index as text (for a checkpoint's key)."""
-    return json.dumps(read_json(directory / INDEX, "run `dvc repro`"))

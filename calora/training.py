@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from calora.artifacts import read_json, read_tensors, write_tensors
+from calora.artifacts import read_tensors, write_tensors
 from calora.errors import CaloraError
 
 Losses = dict[str, Tensor]
@@ -65,6 +65,10 @@ class History:
         """The evaluation with the highest score, the earliest of equals."""
         return max(self.scores, key=lambda row: (row["score"], -row["step"]))
 
+    def to_json(self) -> dict[str, Any]:
+        """The curves, without the seconds: the same whenever and wherever the run was made."""
+        return {"losses": self.losses, "scores": self.scores}
+
 
 class MasterWeights:
     """Flat fp32 masters of the trainable parameters; parameters and gradients are views into flat buffers.
@@ -89,7 +93,9 @@ class MasterWeights:
             p.requires_grad_(True)
             p.grad = self.working_grad[span].view(p.shape)
             offset += p.numel()
-        self.optimizer = torch.optim.AdamW([self.master], lr=0.0, weight_decay=0.0, fused=device.type in ("cpu", "cuda"))
+        self.optimizer = torch.optim.AdamW(
+            [self.master], lr=0.0, weight_decay=0.0, fused=device.type in ("cpu", "cuda")
+        )
 
     def step(self, rate: float, clip: float) -> float:
         """One AdamW step on the gradients that `backward` left; returns the norm of the gradient."""
@@ -208,13 +214,10 @@ def train(
             last_save = clock = time.monotonic()
     weights.master.data.copy_(best)
     weights.publish()
+    tqdm.write(
+        f"{title}: {history.tokens} tokens in {history.seconds:.0f} s of training, {history.tokens / max(history.seconds, 1e-9):.0f} tokens/s"
+    )
     for parameter in weights.parameters:
         parameter.grad = None
         parameter.requires_grad_(False)
     return history
-
-
-def read_history(path: Path) -> History:
-    """A history that a stage stored as JSON."""
-    value: dict[str, Any] = read_json(path, "run `dvc repro`")
-    return History(**value)

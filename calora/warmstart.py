@@ -45,7 +45,9 @@ def linear_as_bypass(p: Tensor, q: Tensor, activation: str, rank: int) -> tuple[
     else:
         down, up = torch.cat([p, -p], dim=1), torch.cat([q, -q])
     if down.shape[1] != rank:
-        raise CaloraError("warm start", f"a correction that fills rank {rank}", down.shape[1], "set an even inherit.rank")
+        raise CaloraError(
+            "warm start", f"a correction that fills rank {rank}", down.shape[1], "set an even inherit.rank"
+        )
     return down, up
 
 

@@ -69,7 +69,9 @@ def _from_hub(source: Hub, target: Path) -> None:
         folder = snapshot_download(source.repo, revision=source.revision, allow_patterns=list(WANTED))
     except Exception as error:  # the hub's client raises many kinds for "not reached" and "not there"
         first = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise CaloraError(f"hub repository {source.repo}", "an answer", first, "check repo, revision, network") from None
+        raise CaloraError(
+            f"hub repository {source.repo}", "an answer", first, "check repo, revision, network"
+        ) from None
     _copy(Path(folder), target)
 
 
@@ -80,7 +82,9 @@ def _from_folder(source: Folder, target: Path) -> None:
     _copy(folder, target)
     found = fingerprint(target)
     if found != source.sha256:
-        raise CaloraError(folder, f"weights with fingerprint {source.sha256}", found, "put that fingerprint into params.yaml")
+        raise CaloraError(
+            folder, f"weights with fingerprint {source.sha256}", found, "put that fingerprint into params.yaml"
+        )
 
 
 def _copy(folder: Path, target: Path) -> None:

@@ -13,7 +13,7 @@ from calora.artifacts import write_text
 from calora.errors import CaloraError
 from stages.common import CALIBRATION, run
 from stages.config import Params, Scores
-from stages.download import split_pools, task_of
+from stages.corpora import split_pools, task_of
 
 
 def main(params: Params) -> None:

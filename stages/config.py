@@ -257,7 +257,9 @@ class Params(Section):
                 raise ValueError(f"{kind} names one entry twice: {', '.join(wanted)}")
         for name, data in self.data.sets.items():
             if isinstance(data, Scores) and data.archive not in self.data.archives:
-                raise ValueError(f"data.sets.{name}.archive names '{data.archive}'; known: {', '.join(self.data.archives)}")
+                raise ValueError(
+                    f"data.sets.{name}.archive names '{data.archive}'; known: {', '.join(self.data.archives)}"
+                )
             if not isinstance(data, Scores) and len(data.labels) != len(data.answers):
                 raise ValueError(f"data.sets.{name} has {len(data.labels)} labels and {len(data.answers)} answers")
             if len(data.answers) == 1:

@@ -31,7 +31,15 @@ def fetch(package: str, version: str, digest: str, sdist: bool) -> Path:
     with TemporaryDirectory(dir=CACHE) as scratch:
         requirement = Path(scratch) / "requirement.txt"
         requirement.write_text(f"{package}=={version} --hash=sha256:{digest}\n")
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--disable-pip-version-check"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--no-deps",
+            "--require-hashes",
+            "--disable-pip-version-check",
+        ]
         command += [] if sys.stdout.isatty() else ["--quiet"]  # its progress bar, for a person
         command += ["--no-binary", ":all:"] if sdist else ["--only-binary", ":all:"]
         print(f"downloading {package}=={version}", flush=True)
@@ -46,9 +54,13 @@ def fetch(package: str, version: str, digest: str, sdist: bool) -> Path:
 def _explained(output: str, requirement: str, digest: str) -> CaloraError:
     if "DO NOT MATCH THE HASHES" in output or "Expected sha256" in output:
         got = next((line.split()[-1] for line in output.splitlines() if "Got" in line), "another hash")
-        return CaloraError(f"download of {requirement}", f"SHA-256 {digest}", got, "check version and sha256 in params.yaml")
+        return CaloraError(
+            f"download of {requirement}", f"SHA-256 {digest}", got, "check version and sha256 in params.yaml"
+        )
     if "No matching distribution" in output and "NewConnectionError" not in output and "Retrying" not in output:
-        return CaloraError(f"download of {requirement}", "a published version", "none", "check the package in params.yaml")
+        return CaloraError(
+            f"download of {requirement}", "a published version", "none", "check the package in params.yaml"
+        )
     last = [line for line in output.splitlines() if line.strip()][-1:] or ["no answer"]
     return CaloraError(
         f"download of {requirement}",

@@ -53,7 +53,9 @@ def compress(model: PreTrainedModel, recipe: Recipe, calibration: Sequence[Examp
         "calibration": {"texts": len(calibration), "sha256": _fingerprint(calibration)},
         "layers": layers,
         "untouched": {
-            name: size for name, size in before.items() if name.removesuffix(".weight").removesuffix(".bias") not in layers
+            name: size
+            for name, size in before.items()
+            if name.removesuffix(".weight").removesuffix(".bias") not in layers
         },
     }
 
@@ -63,7 +65,9 @@ def check_recipe(recipe: Recipe) -> list[tuple[str, dict[str, Any]]]:
     steps: list[tuple[str, dict[str, Any]]] = []
     for item in recipe:
         if not isinstance(item, Mapping) or len(item) != 1 or next(iter(item)) not in STEPS:
-            raise CaloraError("recipe", f"steps among {', '.join(STEPS)}", item, "mend compress.<recipe> in params.yaml")
+            raise CaloraError(
+                "recipe", f"steps among {', '.join(STEPS)}", item, "mend compress.<recipe> in params.yaml"
+            )
         step, options = next(iter(item.items()))
         steps.append((step, dict(options)))
     if not steps:

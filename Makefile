@@ -1,0 +1,39 @@
+# `make help` lists the targets. Everything is installed in .venv; nothing outside this folder is touched.
+PYTHON ?= python3.11
+BIN := .venv/bin
+export DVC_NO_ANALYTICS := 1
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help setup run smoke test lint format clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(BIN)/.done  ## make .venv with every package at its exact version
+
+$(BIN)/.done: requirements.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv || python3 -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+run: setup  ## the pipeline (dvc repro), then the table of methods
+	@$(BIN)/python -m pipeline run
+
+smoke: setup  ## the same stages and real input on a few hundred texts, in .smoke
+	@$(BIN)/python -m pipeline smoke
+
+test: setup  ## all tests
+	@$(BIN)/python -m pytest
+
+lint: setup  ## ruff, format, strict types for calora, spelling
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/codespell
+
+format: setup  ## let ruff format and mend what it can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean:  ## remove what runs made; .venv and the download cache stay
+	rm -rf data/* models/* checkpoints .smoke results/*/ .mypy_cache .ruff_cache .pytest_cache .dvc/tmp

@@ -1,0 +1,56 @@
+"""Which files a stage uses: its static imports, followed through stages/ and calora/.
+
+`python -m pipeline.imports` prints them for each stage, as they belong into the `deps` of dvc.yaml.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+# These only check values and name paths; the values themselves are tracked as params and deps.
+UNTRACKED = {"stages/config.py", "stages/common.py", "stages/__init__.py", "calora/__init__.py", "calora/errors.py"}
+
+
+def file_of(module: str) -> str | None:
+    """The project file of a module, or None if it is not one of ours."""
+    path = Path(*module.split("."))
+    for candidate in (path.with_suffix(".py"), path / "__init__.py"):
+        if (ROOT / candidate).exists():
+            return candidate.as_posix()
+    return None
+
+
+def imports_of(file: str) -> set[str]:
+    """Project files that a file imports, wherever in it the import stands."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        for name in names:
+            if name.split(".")[0] in ("calora", "stages", "pipeline") and (path := file_of(name)):
+                found.add(path)
+    return found
+
+
+def code_of(stage: str) -> list[str]:
+    """All tracked files that `stages/<stage>.py` uses, itself first."""
+    seen: set[str] = set()
+    todo = [f"stages/{stage}.py"]
+    while todo:
+        file = todo.pop()
+        if file not in seen and file not in UNTRACKED:
+            seen.add(file)
+            todo += imports_of(file)
+    return sorted(seen, key=lambda file: (file != f"stages/{stage}.py", file))
+
+
+if __name__ == "__main__":
+    for path in sorted((ROOT / "stages").glob("*.py")):
+        if "__main__" in path.read_text(encoding="utf-8"):
+            print(f"{path.stem}: [{', '.join(code_of(path.stem))}]")

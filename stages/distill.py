@@ -1,0 +1,89 @@
+"""Train the inherited adapter and its bypass against the teacher's stored targets.
+
+Reads models/inherited/<task>/<recipe>, models/compressed/<recipe>, models/targets/<task>, data/<task>; writes
+models/calora/<task>/<recipe> and results/<task>/<recipe>/curves.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from dvclive import Live
+
+from calora.adapters import read_adapter, write_adapter
+from calora.artifacts import fingerprint, whole_directory, write_json
+from calora.cards import calora_card
+from calora.compressed import load
+from calora.distillation import Weights, distill
+from calora.recovery import activate
+from calora.targets import Targets
+from calora.tasks import Example, encode_all
+from calora.training import History
+from stages.common import adapter, compressed, results, run, targets
+from stages.config import Params
+from stages.training import checkpoint, read_split, read_task, schedule, scorer
+
+
+def main(params: Params, name: str, recipe: str) -> None:
+    """The CA-LoRA adapter of one task and one recipe."""
+    task = read_task(name)
+    model = load(compressed(recipe), dense=True, attention="eager")
+    source = adapter("inherited", name, recipe)
+    inherited = read_adapter(source)
+    tokenizer = model.calora_tokenizer
+
+    def pool(split: str) -> tuple[list[Example], Targets] | None:
+        rows = read_split(name, split)
+        return (encode_all(task, tokenizer, rows), Targets(targets(name) / split)) if rows else None
+
+    labelled = pool("train")
+    assert labelled is not None  # read_split raises on an empty training split
+    score = scorer(model, task, tokenizer, params)
+    saved = checkpoint(
+        params, "calora", name, recipe,
+        [model.calora_fingerprint, fingerprint(source), params.distill.model_dump_json()],
+    )  # fmt: skip
+    trained, history = distill(
+        model, inherited, labelled, pool("unlabelled"), score, weights(params),
+        batch_size=params.train.batch_size, schedule=schedule(params), seed=params.seed,
+        checkpoint=saved, title=f"{name} on {recipe}: CA-LoRA",
+    )  # fmt: skip
+    activate(model, None)
+    alone = score()
+    best = history.best["score"]
+    trained.meta |= {"metrics": {"validation_accuracy": best, "validation_accuracy_lora_alone": alone}}
+    base = str(compressed(recipe))
+    with whole_directory(adapter("calora", name, recipe)) as scratch:
+        card = calora_card(task, base, inherited.meta["origin"], best, alone)
+        write_adapter(scratch, trained, base, card, torch.bfloat16)
+        write_json(scratch / "history.json", history.to_json())
+    write_curves(results(name, recipe, "curves"), history)
+    saved.clear()
+
+
+def weights(params: Params) -> Weights:
+    """The weights of the loss."""
+    d = params.distill
+    return Weights({"decoder": d.alpha, "encoder": d.alpha_encoder}, d.kl, d.labelled, d.unlabelled, d.unlabelled_every)
+
+
+def write_curves(directory: Path, history: History) -> None:
+    """Loss and validation accuracy against step, as dvclive writes them."""
+    with whole_directory(directory) as scratch:
+        live: Any
+        with Live(str(scratch), save_dvc_exp=False, dvcyaml=None, report=None, monitor_system=False) as live:
+            scores = {int(row["step"]): row["score"] for row in history.scores}
+            for step in range(len(history.losses) + 1):
+                live.step = step
+                if step:
+                    for key, value in history.losses[step - 1].items():
+                        if key != "step":
+                            live.log_metric(f"train/{key}", value)
+                if step in scores:
+                    live.log_metric("validation/accuracy", scores[step])
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,45 @@
+"""Score what needs no compressed base, once a task. Writes results/<task>/reference.json.
+
+Reads models/base, models/teacher/<task>, models/small, models/small_lora/<task>, data/<task>.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from calora.adapters import attach_adapter, read_plain_lora, set_active
+from calora.artifacts import bytes_on_disk, write_json
+from calora.models import load_model, load_tokenizer
+from stages.common import BASE, SMALL, adapter, results, run, teacher
+from stages.config import Params
+from stages.scoring import Scored, score_test
+from stages.training import read_task
+
+
+def main(params: Params, name: str) -> None:
+    """`llm`, `llm_lora` and, for a scored task, `small_lora`."""
+    task, tokenizer = read_task(name), load_tokenizer(BASE)
+    model = load_model(BASE, torch.bfloat16)
+    methods: dict[str, Scored] = {"llm": score_test(model, task, tokenizer, params, "llm", bytes_on_disk(BASE), 0)}
+    lora = read_plain_lora(teacher(name))
+    attach_adapter(model, lora, name)
+    set_active(model, name)
+    size = bytes_on_disk(BASE) + bytes_on_disk(teacher(name))
+    methods["llm_lora"] = score_test(model, task, tokenizer, params, "llm_lora", size, lora.parameters)
+    if task.scored:
+        folder = adapter("small_lora", name, "")
+        small: Any = load_model(SMALL, torch.float32, labels=len(task.answers))
+        trained = read_plain_lora(folder)
+        attach_adapter(small, trained, name)
+        set_active(small, name)
+        size = bytes_on_disk(SMALL) + bytes_on_disk(folder)
+        methods["small_lora"] = score_test(
+            small, task, load_tokenizer(SMALL), params, "small_lora", size, trained.parameters
+        )
+    write_json(results(name, "reference.json"), methods)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,113 @@
+"""Gather all results. Writes results/summary.json, results/table.md and the pictures in results/plots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from calora.artifacts import read_json, whole_directory, write_json, write_text
+from stages.common import adapter, results, run
+from stages.config import Params
+
+ORDER = ("llm", "llm_lora", "small_lora", "clm", "clm_inherited", "clm_lora_qk", "clm_lora", "clm_calora")
+LABELS = {
+    "llm": "LLM", "llm_lora": "LLM + LoRA (teacher)", "small_lora": "small model + LoRA", "clm": "CLM",
+    "clm_inherited": "CLM + inherited LoRA", "clm_lora_qk": "CLM + LoRA (q, k)",
+    "clm_lora": "CLM + LoRA (equal budget)", "clm_calora": "CLM + CA-LoRA",
+}  # fmt: skip
+COLOURS = {"clm_calora": "#0072B2", "clm_lora": "#E69F00", "clm_lora_qk": "#999999"}  # Okabe and Ito's palette
+
+
+def main(params: Params) -> None:
+    """One summary over every task and recipe of this run."""
+    summary: dict[str, Any] = {}
+    tables = []
+    with whole_directory(results("plots")) as plots:
+        for task in params.tasks:
+            for recipe in params.recipes:
+                folder, made_by = adapter("evaluated", task, recipe), f"run `dvc repro evaluate@{task}-{recipe}`"
+                metrics = read_json(folder / "metrics.json", made_by)
+                summary.setdefault(task, {})[recipe] = compact(metrics)
+                tables.append(table(task, recipe, metrics))
+                accuracy_against_bytes(metrics, f"{task}, {recipe}", plots / f"{task}-{recipe}-bytes.png")
+                curves = read_json(folder / "curves.json", made_by)
+                convergence(curves, f"{task}, {recipe}", plots / f"{task}-{recipe}-convergence.png")
+    write_json(results("summary.json"), summary)
+    write_text(results("table.md"), "\n\n".join(tables) + "\n")
+
+
+def compact(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The few columns that `dvc exp show` shows."""
+    methods = metrics["methods"]
+    return {
+        "llm_lora": methods["llm_lora"]["accuracy"],
+        "clm_lora": methods["clm_lora"]["accuracy"],
+        "clm_calora": methods["clm_calora"]["accuracy"],
+        "gain": metrics["difference"]["value"],
+        "recovered": metrics["recovered_share"]["value"],
+        "mb": round(methods["clm_calora"]["bytes_on_disk"] / 1e6, 1),
+    }
+
+
+def table(task: str, recipe: str, metrics: dict[str, Any]) -> str:
+    """All methods of one task and recipe, as a Markdown table."""
+    lines = [
+        f"### {task}, {recipe} ({metrics['test_items']} test items)", "",
+        "| method | accuracy | 95 % interval | MB on disk | trainable |", "|---|---:|---|---:|---:|",
+    ]  # fmt: skip
+    for method in ORDER:
+        if method in metrics["methods"]:
+            m = metrics["methods"][method]
+            interval = f"{m['ci'][0]:.3f} to {m['ci'][1]:.3f}"
+            size, count = m["bytes_on_disk"] / 1e6, m["trainable_parameters"] / 1e6
+            lines.append(f"| {LABELS[method]} | {m['accuracy']:.3f} | {interval} | {size:.1f} | {count:.2f} M |")
+    difference, share = metrics["difference"], metrics["recovered_share"]
+    lines += [
+        "",
+        f"CA-LoRA - LoRA (equal budget): {difference['value']:+.3f} [{difference['ci'][0]:+.3f}, {difference['ci'][1]:+.3f}].",
+    ]
+    if share["below_noise"]:
+        lines.append("Recovered share: below noise (the interval of the gap touches 0).")
+    else:
+        lines.append(f"Recovered share of the gap: {share['value']:.2f} [{share['ci'][0]:.2f}, {share['ci'][1]:.2f}].")
+    return "\n".join(lines)
+
+
+def accuracy_against_bytes(metrics: dict[str, Any], title: str, path: Path) -> None:
+    """Every method a point: megabytes on disk against accuracy, with its interval."""
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for method in ORDER:
+        if method in metrics["methods"]:
+            m = metrics["methods"][method]
+            size, accuracy = m["bytes_on_disk"] / 1e6, m["accuracy"]
+            error = [[accuracy - m["ci"][0]], [m["ci"][1] - accuracy]]
+            axes.errorbar(
+                size, accuracy, yerror=error, fmt="o", capsize=3, label=LABELS[method], color=COLOURS.get(method)
+            )
+    axes.set(xlabel="MB on disk (base and adapter)", ylabel="test accuracy", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def convergence(curves: dict[str, Any], title: str, path: Path) -> None:
+    """Validation accuracy against step, CA-LoRA and the fresh LoRAs."""
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for method, scores in curves.items():
+        steps, accuracies = [s["step"] for s in scores], [s["score"] for s in scores]
+        axes.plot(steps, accuracies, "o-", label=LABELS[method], color=COLOURS[method])
+    axes.set(xlabel="step", ylabel="validation accuracy", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    run(main)
