@@ -87,7 +87,7 @@ def accuracy_against_bytes(metrics: dict[str, Any], title: str, path: Path) -> N
             size, accuracy = m["bytes_on_disk"] / 1e6, m["accuracy"]
             error = [[accuracy - m["ci"][0]], [m["ci"][1] - accuracy]]
             axes.errorbar(
-                size, accuracy, yerror=error, fmt="o", capsize=3, label=LABELS[method], color=COLOURS.get(method)
+                size, accuracy, yerr=error, fmt="o", capsize=3, label=LABELS[method], color=COLOURS.get(method)
             )
     axes.set(xlabel="MB on disk (base and adapter)", ylabel="test accuracy", title=title)
     axes.grid(alpha=0.3)
