@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,13 +84,15 @@ def check_targets(model: nn.Module, targets: list[str], where: str) -> None:
 
 def inject(model: nn.Module, config: LoraConfig, name: str = "default") -> None:
     """Put a fresh LoRA on `model` in place; everything but the LoRA is frozen."""
-    inject_adapter_in_model(config, model, adapter_name=name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are the point
+        inject_adapter_in_model(config, model, adapter_name=name)
 
 
 def attach_adapter(model: Any, adapter: Adapter, name: str) -> None:
     """Add an adapter's LoRA and its bypasses to `model` in place, strictly by name."""
     inject(model, adapter.config, name)
-    result = set_peft_model_state_dict(model, adapter.lora, adapter_name=name)
+    result: Any = set_peft_model_state_dict(model, adapter.lora, adapter_name=name)
     missing = [key for key in result.missing_keys if ".lora_" in key and f".{name}." in key]
     if missing or result.unexpected_keys:
         wrong = [*missing, *result.unexpected_keys][0]
@@ -110,7 +113,7 @@ def freeze(model: nn.Module) -> None:
     model.requires_grad_(False)
 
 
-def set_active(model: nn.Module, name: str | None) -> None:
+def set_active(model: Any, name: str | None) -> None:
     """Make `name` the active LoRA and bypass everywhere; None switches both off."""
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
@@ -165,7 +168,8 @@ def read_plain_lora(directory: Path, made_by: str = MADE_BY) -> Adapter:
     config.pop("calora", None)
     tensors = read_tensors(directory / LORA, made_by)
     lora = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
-    return Adapter(LoraConfig.from_peft_type(**config), lora)
+    made: Any = LoraConfig
+    return Adapter(made.from_peft_type(**config), lora)
 
 
 def read_adapter(directory: Path) -> Adapter:

@@ -166,8 +166,8 @@ def _restore(empty: nn.Module, entry: Mapping[str, Any], dtype: torch.dtype, ten
 def _dense(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
     weight = nn.Parameter(dense_weight(layer, dtype), requires_grad=False)
     if isinstance(layer, nn.Embedding):
-        table = nn.Embedding(*weight.shape, padding_idx=layer.padding_idx, _weight=weight)
-        return table
+        rows, width = weight.shape
+        return nn.Embedding(rows, width, padding_idx=layer.padding_idx, _weight=weight)
     assert isinstance(layer, nn.Linear)
     with torch.device("meta"):
         dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, dtype=dtype)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from calora.adapters import Adapter, attach_adapter, inject, lora_state, take_adapter
+from calora.adapters import Adapter, attach_adapter, inject, lora_state, set_active, take_adapter
 from calora.batching import epoch_batches
 from calora.errors import CaloraError
 from calora.models import Batch, Output, family_of
@@ -89,10 +89,10 @@ def distillation_loss(output: Output, batch: Batch, target: Target, weights: Wei
     return losses | {"task": task, "loss": task + weights.labelled * distil}
 
 
-def trainable(model: nn.Module, dtype: torch.dtype) -> list[nn.Parameter]:
-    """The parameters of the adapter on `model` (LoRA, bypass, classifier), which are fp32 masters' views later."""
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of the adapter on `model`: LoRA, bypass, classification head."""
     return [
-        parameter.requires_grad_(True)
+        parameter
         for name, parameter in model.named_parameters()
         if ".lora_" in name or ".recovery." in name or ".modules_to_save." in name
     ]
@@ -127,7 +127,7 @@ def finetune(
         batch = family.collate(chosen, model)
         return {"loss": task_loss(family.forward(model, batch, None), batch)}, sum(e.tokens for e in chosen)
 
-    history = train(trainable(model, model.dtype), loss_of_step, score, schedule, model.dtype, checkpoint, title)
+    history = train(trainable(model), loss_of_step, score, schedule, model.dtype, checkpoint, title)
     return Adapter(config, lora_state(model)), history
 
 
@@ -159,8 +159,6 @@ def distill(
         The adapter with the best validation score, and the curves.
     """
     attach_adapter(model, adapter, name)
-    from calora.adapters import set_active
-
     set_active(model, name)
     family = family_of(model)
     every = weights.unlabelled_every if unlabelled else 0
@@ -183,5 +181,5 @@ def distill(
         target = pools[pool][1].read(indices)
         return distillation_loss(output, batch, target, weights, pool == 0), sum(e.tokens for e in chosen)
 
-    history = train(trainable(model, model.dtype), loss_of_step, score, schedule, model.dtype, checkpoint, title)
+    history = train(trainable(model), loss_of_step, score, schedule, model.dtype, checkpoint, title)
     return take_adapter(model, adapter.config, adapter.meta, name), history

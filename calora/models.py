@@ -47,13 +47,13 @@ class Family(Protocol):
 
     stacks: tuple[str, ...]
 
-    def collate(self, examples: Sequence[Example], model: PreTrainedModel) -> Batch:
+    def collate(self, examples: Sequence[Example], model: Any) -> Batch:
         """Pad examples into a batch."""
 
-    def forward(self, model: PreTrainedModel, batch: Batch, token_ids: Tensor | None) -> Output:
+    def forward(self, model: Any, batch: Batch, token_ids: Tensor | None) -> Output:
         """Run the model; `token_ids` [k] limits the logits to those tokens."""
 
-    def generate(self, model: PreTrainedModel, examples: Sequence[Example], max_new_tokens: int) -> list[list[int]]:
+    def generate(self, model: Any, examples: Sequence[Example], max_new_tokens: int) -> list[list[int]]:
         """Greedy answers, as token ids without the prompt."""
 
 
@@ -79,7 +79,7 @@ def _answer_positions(examples: Sequence[Example], starts: Sequence[int]) -> tup
     return (torch.tensor(rows), torch.tensor(columns)), torch.tensor(labels)
 
 
-def _token_id(model: PreTrainedModel, *names: str) -> int:
+def _token_id(model: Any, *names: str) -> int:
     for name in names:
         value = getattr(model.config, name, None)
         if isinstance(value, list):
@@ -103,22 +103,22 @@ def head_logits(head: nn.Module, states: Tensor, token_ids: Tensor | None) -> Te
 class DecoderOnly:
     """Llama-like models. Padding stands on the right, so causality alone hides it: no attention mask is needed."""
 
-    stacks = ("decoder",)
+    stacks: tuple[str, ...] = ("decoder",)
 
-    def collate(self, examples: Sequence[Example], model: PreTrainedModel) -> Batch:
+    def collate(self, examples: Sequence[Example], model: Any) -> Batch:
         sequences = [[*e.prompt_ids, *e.answer_ids[:-1]] for e in examples]
         ids, mask = pad(sequences, _token_id(model, "pad_token_id", "eos_token_id"))
         positions, labels = _answer_positions(examples, [len(e.prompt_ids) - 1 for e in examples])
         return Batch({"input_ids": ids}, positions, labels, {"decoder": mask})
 
-    def forward(self, model: PreTrainedModel, batch: Batch, token_ids: Tensor | None = None) -> Output:
+    def forward(self, model: Any, batch: Batch, token_ids: Tensor | None) -> Output:
         decoder = model.get_decoder()
         hidden = decoder(**batch.inputs, use_cache=False).last_hidden_state
         # Gathered first: a head over a strided slice would copy its whole weight once per row.
         states = hidden[batch.positions]
         return Output({"decoder": hidden}, head_logits(model.get_output_embeddings(), states, token_ids))
 
-    def generate(self, model: PreTrainedModel, examples: Sequence[Example], max_new_tokens: int) -> list[list[int]]:
+    def generate(self, model: Any, examples: Sequence[Example], max_new_tokens: int) -> list[list[int]]:
         ids, mask = pad([e.prompt_ids for e in examples], _token_id(model, "pad_token_id", "eos_token_id"), left=True)
         return _generate(model, ids, mask, max_new_tokens, skip=ids.shape[1])
 
@@ -126,9 +126,9 @@ class DecoderOnly:
 class EncoderDecoder:
     """T5-like models: the prompt goes to the encoder, the answer to the decoder."""
 
-    stacks = ("encoder", "decoder")
+    stacks: tuple[str, ...] = ("encoder", "decoder")
 
-    def collate(self, examples: Sequence[Example], model: PreTrainedModel) -> Batch:
+    def collate(self, examples: Sequence[Example], model: Any) -> Batch:
         ids, mask = pad([e.prompt_ids for e in examples], _token_id(model, "pad_token_id"))
         start = _token_id(model, "decoder_start_token_id", "pad_token_id")
         decoder_ids, decoder_mask = pad(
@@ -138,13 +138,13 @@ class EncoderDecoder:
         inputs = {"input_ids": ids, "attention_mask": mask.long(), "decoder_input_ids": decoder_ids}
         return Batch(inputs, positions, labels, {"encoder": mask, "decoder": decoder_mask})
 
-    def forward(self, model: PreTrainedModel, batch: Batch, token_ids: Tensor | None = None) -> Output:
+    def forward(self, model: Any, batch: Batch, token_ids: Tensor | None) -> Output:
         out = model(**batch.inputs, output_hidden_states=True, use_cache=False)
         logits = out.logits[batch.positions]
         hidden = {"encoder": out.encoder_last_hidden_state, "decoder": out.decoder_hidden_states[-1]}
         return Output(hidden, logits if token_ids is None else logits[:, token_ids])
 
-    def generate(self, model: PreTrainedModel, examples: Sequence[Example], max_new_tokens: int) -> list[list[int]]:
+    def generate(self, model: Any, examples: Sequence[Example], max_new_tokens: int) -> list[list[int]]:
         ids, mask = pad([e.prompt_ids for e in examples], _token_id(model, "pad_token_id"))
         return _generate(model, ids, mask, max_new_tokens, skip=1)
 
@@ -152,24 +152,24 @@ class EncoderDecoder:
 class Classifier:
     """BERT-like models with a classification head: the labels are the vocabulary."""
 
-    stacks = ("encoder",)
+    stacks: tuple[str, ...] = ("encoder",)
 
-    def collate(self, examples: Sequence[Example], model: PreTrainedModel) -> Batch:
+    def collate(self, examples: Sequence[Example], model: Any) -> Batch:
         ids, mask = pad([e.prompt_ids for e in examples], _token_id(model, "pad_token_id"))
         labels = torch.tensor([e.label if e.label >= 0 else IGNORE for e in examples])
         rows = torch.arange(len(examples))
         inputs = {"input_ids": ids, "attention_mask": mask.long()}
         return Batch(inputs, (rows, torch.zeros_like(rows)), labels, {"encoder": mask})
 
-    def forward(self, model: PreTrainedModel, batch: Batch, token_ids: Tensor | None = None) -> Output:
+    def forward(self, model: Any, batch: Batch, token_ids: Tensor | None) -> Output:
         out = model(**batch.inputs, output_hidden_states=True)
         return Output({"encoder": out.hidden_states[-1]}, out.logits)
 
-    def generate(self, model: PreTrainedModel, examples: Sequence[Example], max_new_tokens: int) -> list[list[int]]:
+    def generate(self, model: Any, examples: Sequence[Example], max_new_tokens: int) -> list[list[int]]:
         raise CaloraError("a classifier", "a scored task", "a generated one", "use a language model for it")
 
 
-def _generate(model: PreTrainedModel, ids: Tensor, mask: Tensor, max_new_tokens: int, skip: int) -> list[list[int]]:
+def _generate(model: Any, ids: Tensor, mask: Tensor, max_new_tokens: int, skip: int) -> list[list[int]]:
     generate: Any = model.generate
     out = generate(
         input_ids=ids,
@@ -182,7 +182,7 @@ def _generate(model: PreTrainedModel, ids: Tensor, mask: Tensor, max_new_tokens:
     return sequences
 
 
-def family_of(model: PreTrainedModel) -> Family:
+def family_of(model: Any) -> Family:
     """The family of a loaded model, told by its configuration and its head."""
     if "SequenceClassification" in type(model).__name__:
         return Classifier()

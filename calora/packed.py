@@ -68,7 +68,9 @@ class PackedLinear(nn.Linear):
         self.register_buffer("scale", torch.empty(out_features, 1) if format == "int8" else None)
         positions = torch.empty(out_features, -(-kept // 4), dtype=torch.uint8) if pattern == "2:4" else None
         self.register_buffer("positions", positions)
-        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
+        self.register_parameter("bias", None)
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False)
 
     @classmethod
     def pack(cls, layer: nn.Linear, keep: Tensor | None, format: str) -> PackedLinear:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,12 @@ from torch.nn import functional as F
 
 from calora.errors import CaloraError
 
-ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "identity": lambda x: x}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+    "identity": lambda x: x,
+}
 CHILD = "recovery"  # under this name a linear layer holds its bypasses, one an adapter
 
 
@@ -42,7 +47,8 @@ class RecoveryBypass(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], in the dtype of the parameters, returned in that of `x`."""
         hidden = ACTIVATIONS[self.activation](x.to(self.down.dtype) @ self.down)
-        return (hidden @ self.up).to(x.dtype)
+        recovered: Tensor = hidden @ self.up
+        return recovered.to(x.dtype)
 
     def extra_repr(self) -> str:
         """Shapes, as `print(model)` shows them."""

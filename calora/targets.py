@@ -129,7 +129,7 @@ class Targets:
         paths = [directory / f"targets-{shard:05d}.safetensors" for shard in sorted(shards)]
         for path in paths:
             check_tensors(path, made_by)
-        self.files = [safe_open(path, framework="pt") for path in paths]
+        self.files: list[Any] = [safe_open(path, framework="pt") for path in paths]
         self.stacks = tuple(
             sorted({name.split(".")[-1] for name in self.files[0].keys() if ".hidden." in name})  # noqa: SIM118
         )

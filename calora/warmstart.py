@@ -28,9 +28,9 @@ def best_linear_correction(error: Tensor, moment: Tensor, rank: int) -> tuple[Te
     error, moment = error.double(), moment.double()
     if error.shape[0] <= error.shape[1]:
         basis = torch.linalg.eigh(error @ moment @ error.T).eigenvectors[:, -rank:]  # [out, k]
-    else:  # the smaller Gram matrix: with C = L L^T, left vectors of E L from right ones
-        jitter = moment.diagonal().mean() * 1e-10 * torch.eye(len(moment), dtype=torch.float64)
-        weighted = error @ torch.linalg.cholesky(moment + jitter)
+    else:  # the smaller Gram matrix: with C = S S^T, left vectors of E S from right ones
+        values, vectors = torch.linalg.eigh(moment)  # not Cholesky: few calibration tokens make C singular
+        weighted = error @ (vectors * values.clamp_min(0).sqrt())
         right = torch.linalg.eigh(weighted.T @ weighted).eigenvectors[:, -rank:]
         basis = torch.linalg.qr(weighted @ right).Q  # [out, k]
     p, q = error.T @ basis, basis.T

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,10 +51,6 @@ def run(stage: Callable[..., None]) -> None:
 
     CALORA_DEBUG=1 shows the traceback of such a mistake too.
     """
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of optional kernels at each import
     try:
         params: Params = load_params()
         stage(params, *sys.argv[1:])

@@ -88,7 +88,7 @@ def open_archive(file: Path, content: bytes | None = None) -> zipfile.ZipFile | 
     if stream:
         stream.seek(0)
     try:
-        tar = tarfile.open(file, fileobj=stream)
+        tar = tarfile.open(file, fileobj=stream)  # noqa: SIM115  (the caller closes it)
     except tarfile.TarError as error:
         raise CaloraError(file, "a zip or tar archive", error, "delete it, then run `dvc repro`") from None
     for member in tar.getmembers():

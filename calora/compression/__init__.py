@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from calora.compression.nf4 import dense_nf4
 from calora.compression.prune import prune
@@ -18,12 +17,12 @@ from calora.errors import CaloraError
 from calora.packed import PackedEmbedding, PackedLinear
 from calora.tasks import Example
 
-Step = Callable[[PreTrainedModel, dict[str, Any], Sequence[Example]], dict[str, nn.Module]]
+Step = Callable[[Any, dict[str, Any], Sequence[Example]], dict[str, nn.Module]]
 Recipe = Sequence[Mapping[str, Mapping[str, Any]]]
 STEPS: dict[str, Step] = {"prune": prune, "quantize": quantize}
 
 
-def compress(model: PreTrainedModel, recipe: Recipe, calibration: Sequence[Example]) -> dict[str, Any]:
+def compress(model: Any, recipe: Recipe, calibration: Sequence[Example]) -> dict[str, Any]:
     """Compress `model` in place, step by step, and report what became of every tensor.
 
     Args:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from calora.calibrate import linear_layers
 from calora.compression.nf4 import pack_nf4
@@ -18,7 +17,7 @@ LINEAR = ("int8", "nf4")
 EMBEDDINGS = ("int8", "none")
 
 
-def quantize(model: PreTrainedModel, options: dict[str, Any], calibration: Sequence[Example]) -> dict[str, nn.Module]:
+def quantize(model: Any, options: dict[str, Any], calibration: Sequence[Example]) -> dict[str, nn.Module]:
     """Quantise every linear layer of the blocks, and the embeddings if asked; returns the new layers by name.
 
     Options: `format` = `int8` (per output row, symmetric) or `nf4` (bitsandbytes, double quantisation);
@@ -47,7 +46,7 @@ def quantize(model: PreTrainedModel, options: dict[str, Any], calibration: Seque
     return packed | (_embeddings(model) if embeddings == "int8" else {})
 
 
-def _embeddings(model: PreTrainedModel) -> dict[str, nn.Module]:
+def _embeddings(model: Any) -> dict[str, nn.Module]:
     """Every table and head that shares the input table's weight, and an untied head, in int8."""
     table = model.get_input_embeddings()
     head = model.get_output_embeddings()
@@ -61,6 +60,6 @@ def _embeddings(model: PreTrainedModel) -> dict[str, nn.Module]:
         elif module is head and isinstance(module, nn.Linear):
             packed[name] = PackedLinear.pack(module, None, "int8")
             if module.weight is table.weight:
-                packed[name].weight = packed_table.weight  # type: ignore[assignment]
+                packed[name].weight = packed_table.weight
                 packed[name].scale = packed_table.scale
     return packed

@@ -1,0 +1,157 @@
+"""Tiny random models, tokenizers and data: nothing is downloaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DVC_NO_ANALYTICS", "1")
+
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from calora.artifacts import fingerprint
+from calora.models import load_model, load_tokenizer
+from calora.tasks import Task, encode_all
+
+ROOT = Path(__file__).resolve().parents[1]
+GOOD, BAD = ("good", "fine", "great", "superb"), ("bad", "poor", "dull", "awful")
+WORDS = [*GOOD, *BAD, "film", "plot", "a", "the", "was", "is", "Review:", "Sentiment:", "positive", "negative"]
+TASK = Task("toy", "Review: {text} Sentiment:", ("negative", "positive"), 32, 4)
+
+
+def make_tokenizer(folder: Path, end: bool) -> None:
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if end:
+        tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+
+
+def make_model(kind: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+    torch.manual_seed(0)
+    size = len(WORDS) + 3
+    if kind == "llama":
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2, pad_token_id=0, eos_token_id=1, bos_token_id=None, tie_word_embeddings=True,
+            )
+        )  # fmt: skip
+    elif kind == "t5":
+        model = T5ForConditionalGeneration(
+            T5Config(
+                vocab_size=size, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, pad_token_id=0,
+                eos_token_id=1, decoder_start_token_id=0, dropout_rate=0.0,
+            )
+        )  # fmt: skip
+    else:
+        model = BertModel(
+            BertConfig(
+                vocab_size=size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                max_position_embeddings=64, pad_token_id=0,
+            )
+        )  # fmt: skip
+    model.to(dtype).save_pretrained(folder)
+    make_tokenizer(folder, end=kind != "llama")
+    return folder
+
+
+def toy_rows(count: int, seed: int) -> list[dict[str, object]]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def pick(words: tuple[str, ...]) -> str:
+        return words[int(torch.randint(len(words), (1,), generator=generator))]
+
+    rows: list[dict[str, object]] = []
+    while len(rows) < count:
+        label = len(rows) % 2
+        words = [pick(("a", "the", "film", "plot", "was", "is")) for _ in range(2 + len(rows) % 5)]
+        rows.append({"text": " ".join([*words, pick(GOOD if label else BAD), f"w{seed}{len(rows)}"]), "label": label})
+    return rows
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    return make_model("llama", tmp_path / "llama")
+
+
+@pytest.fixture
+def llama32(tmp_path: Path) -> Path:
+    return make_model("llama", tmp_path / "llama32", torch.float32)
+
+
+@pytest.fixture
+def toy(llama: Path):
+    """(task, tokenizer, examples, bf16 model)."""
+    tokenizer = load_tokenizer(llama)
+    return TASK, tokenizer, encode_all(TASK, tokenizer, toy_rows(24, 1)), load_model(llama, torch.bfloat16)
+
+
+def make_project(folder: Path, kind: str = "llama", answers: bool = True) -> Path:
+    """A copy of the pipeline with a tiny base, local task files and a few steps."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("calora", "stages", "pipeline"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
+        shutil.copy(ROOT / name, folder)
+    base = make_model(kind, folder / "sources/base")
+    small = make_model("bert", folder / "sources/small", torch.float32)
+    (folder / "sources/corpus").mkdir()
+    for split, count in (("train", 40), ("validation", 12), ("test", 16)):
+        rows = toy_rows(count, len(split))
+        if not answers:
+            rows = [{"text": r["text"], "label": TASK.answers[int(str(r["label"]))]} for r in rows]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"sources/{split}.jsonl").write_text(lines)
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params["base"] = {"source": "path", "path": str(base), "sha256": fingerprint(base)}
+    params["small"] = {"source": "path", "path": str(small), "sha256": fingerprint(small)}
+    params["tasks"] = ["toy"]
+    params["data"]["sizes"] = {"train": 24, "unlabelled": 12, "validation": 12, "test": 16}
+    params["data"]["sets"] = {
+        "toy": {
+            "source": "files", "train": "sources/train.jsonl", "validation": "sources/validation.jsonl",
+            "test": "sources/test.jsonl", "label": "label", "labels": [0, 1] if answers else [],
+            "prompt": TASK.prompt, "answers": list(TASK.answers) if answers else [], "max_tokens": 32,
+            "max_new_tokens": 3,
+        }
+    }  # fmt: skip
+    params["compress"]["calibration"]["texts"] = 8
+    params["teacher"] |= {"rank": 4, "lora_alpha": 2, "top_k": 5}
+    params["train"] |= {"steps": 6, "warmup": 1, "eval_every": 3, "batch_size": 4, "checkpoint_seconds": 0.001}
+    params["inherit"] |= {"rank": 4, "calibration_texts": 12}
+    params["evaluate"] |= {"draws": 100}
+    if kind == "t5":
+        params["teacher"]["targets"] = ["q", "k"]
+        params["inherit"]["targets"] = ["q", "k", "v", "o", "wi", "wo"]
+    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    return folder
+
+
+def change(folder: Path, key: str, value: object) -> None:
+    """Set a dotted key of the project's params.yaml."""
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    *path, last = key.split(".")
+    section = params
+    for part in path:
+        section = section[part]
+    section[last] = value
+    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))

@@ -1,0 +1,100 @@
+"""The real DVC on a tiny model: a change re-runs what depends on it and no more; going back restores."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from calora.artifacts import sha256
+from tests.conftest import change, make_project
+from tests.test_stages import calibration_texts
+
+ENV = {**os.environ, "DVC_NO_ANALYTICS": "1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def dvc(folder: Path, *arguments: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-m", "dvc", *arguments], cwd=folder, env=ENV, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def ran(output: str) -> set[str]:
+    return set(re.findall(r"Running stage '(.+)'", output))
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    folder = make_project(tmp_path_factory.mktemp("dvc"))
+    # The embedded corpora come from the network: here the calibration texts are data of the project's own.
+    text = (folder / "dvc.yaml").read_text()
+    text = re.sub(r"\n  calibration:\n.*?(?=\n  teacher:)", "", text, flags=re.S)
+    (folder / "dvc.yaml").write_text(text)
+    calibration_texts(folder)
+    change(folder, "recipes", ["q8", "q8_up"])
+    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+    dvc(folder, "init", "-q")
+    dvc(folder, "repro")
+    return folder
+
+
+def test_nothing_changed_runs_nothing(project):
+    assert ran(dvc(project, "repro")) == set()
+    assert "up to date" in dvc(project, "status")
+
+
+def test_alpha_reruns_distill_and_evaluate_and_going_back_restores(project):
+    adapter = project / "models/calora/toy/q8_up/recovery.safetensors"
+    first = sha256(adapter)
+    again = {f"{s}@toy-{r}" for s in ("distill", "evaluate") for r in ("q8", "q8_up")}
+    change(project, "distill.alpha", 0.5)
+    assert ran(dvc(project, "repro")) == again | {"report"}
+    assert sha256(adapter) != first
+    change(project, "distill.alpha", 0.055)
+    assert ran(dvc(project, "repro")) == {"report"}  # cheap, and its outputs are kept in git, not in the cache
+    assert sha256(adapter) == first
+
+
+def test_a_recipe_reruns_only_what_follows_from_it(project):
+    change(project, "compress.q8", [{"quantize": {"format": "int8", "embeddings": "none"}}])
+    output = ran(dvc(project, "repro"))
+    assert {"compress@q8", "inherit@toy-q8", "distill@toy-q8", "evaluate@toy-q8"} <= output
+    assert not [stage for stage in output if "q8_up" in stage or stage.startswith(("teacher", "download", "reference"))]
+
+
+def test_a_docstring_reruns_its_stage_at_most(project):
+    file = project / "stages/compress.py"
+    file.write_text(file.read_text().replace('"""Compress the base', '"""Here: compress the base', 1))
+    assert ran(dvc(project, "repro")) == {"compress@q8", "compress@q8_up"}
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_killed_distillation_resumes_to_the_same_adapter(project, tmp_path, how):
+    folder = tmp_path / "p"
+    shutil.copytree(project, folder, symlinks=True)
+    change(folder, "train.steps", 60)
+    change(folder, "train.eval_every", 60)
+    command = [sys.executable, "-m", "stages.distill", "toy", "q8_up"]
+    adapter = folder / "models/calora/toy/q8_up/recovery.safetensors"
+    shutil.rmtree(folder / "models/calora/toy/q8_up")
+    process = subprocess.Popen(command, cwd=folder, env=ENV, start_new_session=True)
+    saved = folder / "checkpoints/calora/toy/q8_up/checkpoint.safetensors"
+    deadline = time.monotonic() + 120
+    while not saved.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, how)
+    process.wait()
+    assert saved.exists() and not adapter.exists()
+    resumed = subprocess.run(command, cwd=folder, env=ENV, capture_output=True, text=True, check=True)
+    assert "resumes after step" in resumed.stdout + resumed.stderr
+    first = sha256(adapter)
+    assert not saved.exists()
+    subprocess.run(command, cwd=folder, env=ENV, check=True, capture_output=True)
+    assert sha256(adapter) == first

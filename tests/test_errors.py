@@ -1,0 +1,166 @@
+"""Bad input: one clear line, exit code 1, nothing half-written."""
+
+import io
+import json
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from calora.artifacts import read_tensors, whole_directory, write_json, write_tensors
+from calora.errors import CaloraError
+from calora.models import load_model, load_tokenizer
+from calora.tasks import read_rows
+from stages import download
+from stages.common import _full_disk
+from stages.config import load_params
+from stages.sources import fetch, read_member
+from tests.conftest import TASK, change, make_project
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    project = make_project(tmp_path / "p")
+    monkeypatch.chdir(project)
+    return project
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("distill.alpha", -1, "distill.alpha"),
+        ("distill.alpha", "high", "distill.alpha"),
+        ("distill.alfa", 1, "no such key"),
+        ("inherit.rank", 0, "inherit.rank"),
+        ("inherit.rank", 3, "even"),
+        ("recipes", ["q9"], "q9"),
+        ("tasks", ["toys"], "toys"),
+        ("tasks", [], "tasks"),
+        ("train.warmup", 6, "below steps"),
+        ("seed", 1.5, "seed"),
+    ],
+)
+def test_a_wrong_parameter_is_named(folder, key, value, said):
+    change(folder, key, value)
+    with pytest.raises(CaloraError, match=said) as caught:
+        load_params()
+    assert "Fix:" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_missing_key_is_named(folder):
+    text = (folder / "params.yaml").read_text()
+    (folder / "params.yaml").write_text(text.replace("  kl: 1.0\n", ""))
+    with pytest.raises(CaloraError, match=r"distill\.kl: expected a value"):
+        load_params()
+
+
+def test_a_stage_ends_with_one_line_and_no_traceback(folder):
+    change(folder, "distill.alpha", -1)
+    result = subprocess.run([sys.executable, "-m", "stages.download", "toy"], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr and result.stderr.count("error:") == 1
+    assert not (folder / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"text": "a film", "label": 7}, "a label among 0, 1"),
+        ({"text": "", "label": 1}, "text in column 'text'"),
+        ({"label": 1}, "column"),
+    ],
+)
+def test_a_bad_row_is_named(folder, row, said):
+    (folder / "sources/train.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(CaloraError, match=said):
+        download.main(load_params(), "toy")
+    assert not (folder / "data").exists() or not list((folder / "data").iterdir())
+
+
+def test_an_empty_split_is_refused(folder, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(CaloraError, match="empty split"):
+        read_rows(tmp_path / "empty.jsonl", "")
+
+
+def test_targets_that_match_nothing(folder):
+    from calora.adapters import check_targets
+
+    model = load_model(folder / "sources/base", torch.bfloat16)
+    with pytest.raises(CaloraError, match=r"q_proj.*found \['c_attn'\]"):
+        check_targets(model, ["c_attn"], "teacher.targets")
+
+
+def test_answers_with_the_same_first_token(folder):
+    tokenizer = load_tokenizer(folder / "sources/base")
+    task = type(TASK)("t", "{text}", ("good film", "good plot"), 8, 2)
+    with pytest.raises(CaloraError, match="different first token"):
+        task.answer_token_ids(tokenizer)
+
+
+def test_a_base_without_tokenizer(folder):
+    (folder / "sources/base/tokenizer.json").unlink()
+    from stages import base
+
+    with pytest.raises(CaloraError, match="tokenizer"):
+        base.main(load_params())
+    assert not (folder / "models/base").exists()
+
+
+def test_pickles_are_not_read(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    with pytest.raises(CaloraError, match="only pickles"):
+        read_tensors(tmp_path / "model.safetensors", "")
+
+
+def test_members_cannot_climb_out(tmp_path):
+    for name in ("../evil.txt", "/evil.txt", "a/../../evil.txt"):
+        with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+            archive.writestr(name, "x")
+        with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as tar:
+            info = tarfile.TarInfo(name)
+            info.size = 1
+            tar.addfile(info, io.BytesIO(b"x"))
+        for file in ("a.zip", "a.tar.gz"):
+            with pytest.raises(CaloraError, match="inside their own folder"):
+                read_member(tmp_path / file, name)
+
+
+def test_no_network_and_a_wrong_hash(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("stages.sources.CACHE", Path("cache"))
+    # A local index of one file stands for PyPI; then an address where nothing listens.
+    wheel = tmp_path / "index/tiny-1.0-py3-none-any.whl"
+    wheel.parent.mkdir()
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("tiny-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n")
+        archive.writestr("tiny-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr("tiny-1.0.dist-info/RECORD", "")
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
+    with pytest.raises(CaloraError, match="expected SHA-256 0000"):
+        fetch("tiny", "1.0", "0" * 64, sdist=False)
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    with pytest.raises(CaloraError, match="network"):
+        fetch("tiny", "1.0", "0" * 64, sdist=False)
+    assert not [p for p in Path("cache").glob("*") if p.is_file()]
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device", str(tmp_path / "x"))
+
+    monkeypatch.setattr("calora.artifacts.save_file", full)
+    with pytest.raises(OSError) as caught, whole_directory(tmp_path / "out") as scratch:
+        write_json(scratch / "a.json", {})
+        write_tensors(scratch / "b.safetensors", {"a": torch.ones(1)})
+    assert "full disk" in _full_disk(caught.value)
+    assert not list(tmp_path.iterdir())

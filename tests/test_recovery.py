@@ -1,0 +1,72 @@
+"""The bypass: an exact no-op at zero, the equation of the paper, and the exact linear warm start."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from calora.errors import CaloraError
+from calora.packed import PackedLinear
+from calora.recovery import RecoveryBypass, activate, attach, recovery_state
+from calora.warmstart import best_linear_correction, linear_as_bypass
+
+
+def test_zero_bypass_is_an_exact_no_op_beside_dense_and_packed_layers():
+    torch.manual_seed(0)
+    dense = nn.Linear(16, 12, dtype=torch.bfloat16)
+    for layer in (dense, PackedLinear.pack(dense, None, "int8")):
+        x = torch.randn(3, 5, 16, dtype=torch.bfloat16)
+        before = layer(x)
+        attach(layer, "a", RecoveryBypass(16, 12, 4, "gelu").bfloat16())
+        activate(layer, "a")
+        assert torch.equal(layer(x), before)
+
+
+def test_bypass_is_sigma_xd_u():
+    torch.manual_seed(0)
+    layer, bypass = nn.Linear(16, 12), RecoveryBypass(16, 12, 4, "gelu")
+    nn.init.normal_(bypass.up)
+    x = torch.randn(3, 16)
+    attach(layer, "a", bypass)
+    activate(layer, "a")
+    plain = F.linear(x, layer.weight, layer.bias)
+    torch.testing.assert_close(layer(x), plain + F.gelu(x @ bypass.down) @ bypass.up)
+    activate(layer, None)
+    assert torch.equal(layer(x), plain)
+    assert set(recovery_state(nn.ModuleDict({"l": layer}), "a")) == {"l.down", "l.up"}
+
+
+@pytest.mark.parametrize("activation", ["gelu", "silu", "relu", "identity"])
+def test_warm_start_equals_its_linear_map(activation):
+    torch.manual_seed(0)
+    p, q = torch.randn(16, 3, dtype=torch.float64), torch.randn(3, 12, dtype=torch.float64)
+    rank = 3 if activation == "identity" else 6
+    bypass = RecoveryBypass(16, 12, rank, activation).double()
+    bypass.down.data, bypass.up.data = linear_as_bypass(p, q, activation, rank)
+    x = torch.randn(50, 16, dtype=torch.float64)
+    torch.testing.assert_close(bypass(x), x @ p @ q, rtol=1e-10, atol=1e-10)  # float64: rounding only
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12), (16, 16)])
+def test_correction_is_the_optimum_of_the_weighted_norm(shape):
+    torch.manual_seed(0)
+    error = torch.randn(shape, dtype=torch.float64)
+    x = torch.randn(200, shape[1], dtype=torch.float64) @ torch.diag(torch.logspace(-1, 1, shape[1]).double())
+    p, q = best_linear_correction(error, x.T @ x, 4)
+    rest = (x @ (error - (p.double() @ q.double()).T).T).norm()
+    singular = torch.linalg.svdvals(x @ error.T)  # Eckart-Young: what no rank-4 map can remove
+    torch.testing.assert_close(rest, singular[4:].norm(), rtol=1e-5, atol=0.0)  # p, q are rounded to fp32
+    torch.testing.assert_close(p.norm(), q.norm(), rtol=1e-5, atol=0.0)
+
+
+def test_correction_of_a_singular_moment_is_finite():
+    torch.manual_seed(0)
+    x = torch.randn(3, 12)  # fewer tokens than inputs
+    p, q = best_linear_correction(torch.randn(20, 12), x.T @ x, 4)
+    assert bool(p.isfinite().all() and q.isfinite().all())
+
+
+@pytest.mark.parametrize(("rank", "activation"), [(0, "gelu"), (13, "gelu"), (4, "tanh")])
+def test_bad_bypass_is_refused(rank, activation):
+    with pytest.raises(CaloraError, match="expected"):
+        RecoveryBypass(16, 12, rank, activation)

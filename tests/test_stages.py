@@ -1,0 +1,191 @@
+"""Every stage on tiny models, in one process: Llama and T5, scored and generated answers; and the adapters that they make."""
+
+import importlib
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+import calora
+from calora.adapters import Adapter, fold, read_adapter, set_active, write_adapter
+from calora.errors import CaloraError
+from calora.models import family_of, load_model
+from calora.tasks import Example
+from stages.config import load_params
+from tests.conftest import change, make_project
+
+STAGES = (
+    ("base",), ("download", "toy"), ("calibration",), ("teacher", "toy"), ("compress", "q8_up"),
+    ("inherit", "toy", "q8_up"), ("baseline", "toy", "q8_up", "clm_lora"), ("baseline", "toy", "q8_up", "clm_lora_qk"),
+    ("small", "toy"), ("reference", "toy"), ("distill", "toy", "q8_up"), ("evaluate", "toy", "q8_up"), ("report",),
+)  # fmt: skip
+
+
+def calibration_texts(folder: Path) -> None:
+    (folder / "data/calibration").mkdir(parents=True)
+    shutil.copy(folder / "sources/train.jsonl", folder / "data/calibration/texts.jsonl")
+
+
+def run_all(folder: Path) -> None:
+    os.chdir(folder)
+    params = load_params()
+    for name, *arguments in STAGES:
+        if name == "calibration":  # the embedded corpora come from the network
+            calibration_texts(folder)
+        else:
+            importlib.import_module(f"stages.{name}").main(params, *arguments)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    before = Path.cwd()
+    folder = make_project(tmp_path_factory.mktemp("llama"))
+    change(folder, "inherit.activation", "identity")
+    run_all(folder)
+    yield folder
+    os.chdir(before)
+
+
+@pytest.mark.parametrize(("kind", "answers"), [("t5", True), ("t5", False), ("llama", False)])
+def test_every_stage_for_other_families_and_generated_answers(tmp_path, kind, answers, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = make_project(tmp_path / "p", kind, answers)
+    run_all(folder)
+    methods = json.loads((folder / "results/toy/q8_up/metrics.json").read_text())["methods"]
+    assert {"llm", "llm_lora", "clm", "clm_inherited", "clm_lora", "clm_lora_qk", "clm_calora"} <= set(methods)
+    assert ("small_lora" in methods) == answers
+    assert ("em" in methods["llm"]) != answers
+
+
+def test_results_hold_the_interface(project):
+    metrics = json.loads((project / "results/toy/q8_up/metrics.json").read_text())
+    methods = metrics["methods"]
+    assert set(methods) == {
+        "llm", "llm_lora", "small_lora", "clm", "clm_inherited", "clm_lora", "clm_lora_qk", "clm_calora",
+    }  # fmt: skip
+    for method in methods.values():
+        assert {"accuracy", "ci", "bytes_on_disk", "trainable_parameters"} <= set(method)
+        assert method["ci"][0] <= method["accuracy"] <= method["ci"][1]
+    assert methods["clm_lora"]["trainable_parameters"] == methods["clm_calora"]["trainable_parameters"]
+    assert {"value", "ci", "below_noise"} <= set(metrics["recovered_share"])
+    compressed = sum(f.stat().st_size for f in (project / "models/compressed/q8_up").iterdir())
+    assert methods["clm"]["bytes_on_disk"] == compressed
+    assert len(list((project / "results/plots").glob("*.png"))) == 2
+    assert "CA-LoRA" in (project / "results/table.md").read_text()
+
+
+def test_splits_are_disjoint(project):
+    texts = {}
+    for split in ("train", "validation", "test", "unlabelled"):
+        rows = [json.loads(line) for line in (project / f"data/toy/{split}.jsonl").read_text().splitlines()]
+        texts[split] = {row["text"].lower() for row in rows}
+        assert len(texts[split]) == len(rows)
+    assert not (texts["train"] | texts["unlabelled"]) & (texts["validation"] | texts["test"])
+    assert not texts["validation"] & texts["test"] and not texts["train"] & texts["unlabelled"]
+
+
+def test_adapter_folder(project):
+    files = {path.name for path in (project / "models/calora/toy/q8_up").iterdir()}
+    assert files == {
+        "adapter_config.json", "adapter_model.safetensors", "recovery.safetensors", "calora.json", "history.json", "README.md",
+    }  # fmt: skip
+    card = (project / "models/calora/toy/q8_up/README.md").read_text()
+    assert "library_name: peft" in card and "LoRA part alone" in card
+
+
+def test_load_swap_answer(project):
+    model = calora.load(project / "models/compressed/q8_up")
+    model.load_adapter(project / "models/calora/toy/q8_up", "toy")
+    model.load_adapter(project / "models/clm_lora/toy/q8_up", "fresh")
+    model.set_adapter("toy")
+    first = logits_of(model)
+    assert model.answer(["a good film"]) in (["positive"], ["negative"])
+    model.set_adapter("fresh")
+    assert not torch.equal(logits_of(model), first)
+    model.set_adapter("toy")
+    assert torch.equal(logits_of(model), first)
+    model.set_adapter(None)
+    assert torch.equal(logits_of(model), logits_of(calora.load(project / "models/compressed/q8_up")))
+    with pytest.raises(CaloraError, match="load_adapter"):
+        model.set_adapter("other")
+
+
+def logits_of(model):
+    family = family_of(model)
+    batch = family.collate([Example([3, 5, 9]), Example([4, 12])], model)
+    with torch.no_grad():
+        return family.forward(model, batch, None).logits
+
+
+def test_zero_bypass_starts_at_the_inherited_lora(project, tmp_path):
+    adapter = read_adapter(project / "models/inherited/toy/q8_up")
+    adapter.recovery = {k: v * 0 if k.endswith(".up") else v for k, v in adapter.recovery.items()}
+    write_adapter(tmp_path / "zero", adapter, "base", "", torch.bfloat16)
+    plain = Adapter(adapter.config, adapter.lora, {}, {**adapter.meta, "recovery": False})
+    write_adapter(tmp_path / "plain", plain, "base", "", torch.bfloat16)
+    model = calora.load(project / "models/compressed/q8_up")
+    outputs = []
+    for name in ("zero", "plain"):
+        model.load_adapter(tmp_path / name, name)
+        model.set_adapter(name)
+        outputs.append(logits_of(model))
+    assert torch.equal(*outputs)
+
+
+def test_wrong_base_is_refused_with_both_fingerprints(project):
+    params = load_params(project / "params.yaml")
+    os.chdir(project)
+    importlib.import_module("stages.compress").main(params, "q8")
+    model = calora.load(project / "models/compressed/q8")
+    right = json.loads((project / "models/compressed/q8_up/compression.json").read_text())["fingerprint"]
+    with pytest.raises(CaloraError, match=f"(?s){right}.*{model.calora_fingerprint}"):
+        model.load_adapter(project / "models/calora/toy/q8_up", "toy")
+
+
+def test_plain_peft_loads_the_lora_and_warns(project):
+    model = calora.load(project / "models/compressed/q8_up")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        PeftModel.from_pretrained(model, project / "models/calora/toy/q8_up", autocast_adapter_dtype=False)
+    assert any("calora" in str(w.message) for w in caught)
+    ours = calora.load(project / "models/compressed/q8_up")
+    ours.load_adapter(project / "models/calora/toy/q8_up", "toy")
+    calora.recovery.activate(ours, None)
+    assert torch.equal(logits_of(model), logits_of(ours))
+
+
+def test_linear_bypass_folds_into_the_lora_exactly(project, tmp_path):
+    adapter = read_adapter(project / "models/calora/toy/q8_up")
+    folded = fold(adapter)
+    write_adapter(tmp_path / "folded", folded, "base", "", torch.float32)
+    whole = load_model(project / "models/base", torch.float32)
+    whole_state = Adapter(
+        adapter.config, {k: v.float() for k, v in adapter.lora.items()},
+        {k: v.float() for k, v in adapter.recovery.items()}, adapter.meta,
+    )  # fmt: skip
+    calora.adapters.attach_adapter(whole, whole_state, "a")
+    set_active(whole, "a")
+    plain = PeftModel.from_pretrained(load_model(project / "models/base", torch.float32), tmp_path / "folded")
+    torch.testing.assert_close(logits_of(plain.get_base_model()), logits_of(whole), rtol=1e-4, atol=1e-5)
+    adapter.meta["activation"] = "gelu"
+    with pytest.raises(CaloraError, match="identity"):
+        fold(adapter)
+
+
+def test_an_adapter_of_ones_own_is_imported(project, tmp_path, monkeypatch):
+    folder = tmp_path / "p"
+    shutil.copytree(project, folder, symlinks=True)
+    monkeypatch.chdir(folder)
+    own = calora.artifacts.fingerprint(folder / "models/teacher/toy")
+    shutil.copytree(folder / "models/teacher/toy", folder / "own")
+    change(folder, "teacher.adapters", {"toy": {"path": "own", "sha256": "0" * 64}})
+    with pytest.raises(CaloraError, match=own):
+        importlib.import_module("stages.teacher").main(load_params(), "toy")
+    change(folder, "teacher.adapters", {"toy": {"path": "own", "sha256": own}})
+    importlib.import_module("stages.teacher").main(load_params(), "toy")
+    assert calora.artifacts.fingerprint(folder / "models/teacher/toy") == own

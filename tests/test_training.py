@@ -1,0 +1,134 @@
+"""The training loop: gradients are plain PEFT's, runs are deterministic, a killed run resumes to the same bits."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from calora.adapters import inject, lora_config, lora_state, set_active
+from calora.batching import epoch_batches, equal_length_batches, length_batches
+from calora.distillation import answer_divergence, finetune, hidden_distance, task_loss, trainable
+from calora.errors import CaloraError
+from calora.evaluate import correct, predict
+from calora.models import family_of, load_model, load_tokenizer
+from calora.tasks import encode_all
+from calora.training import Checkpoint, MasterWeights, Schedule
+from tests.conftest import TASK, toy_rows
+
+SCHEDULE = Schedule(steps=8, lr=5e-3, warmup=2, clip=1.0, eval_every=4, checkpoint_seconds=0.0)
+
+
+def randomised(model):
+    """B is zero at first, and so would be A's gradient."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            if ".lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def test_gradients_equal_plain_peft_in_fp32(llama32):
+    tokenizer = load_tokenizer(llama32)
+    examples = encode_all(TASK, tokenizer, toy_rows(6, 3))
+    ours = load_model(llama32, torch.float32, attention="eager")
+    inject(ours, lora_config(4, 2, ["q_proj", "k_proj"]))
+    randomised(ours)
+    weights = MasterWeights(trainable(ours), torch.float32)
+    family = family_of(ours)
+    batch = family.collate(examples, ours)
+    task_loss(family.forward(ours, batch, None), batch).backward()
+
+    plain = load_model(llama32, torch.float32)
+    theirs = get_peft_model(plain, LoraConfig(r=4, lora_alpha=2, target_modules=["q_proj", "k_proj"]))
+    randomised(plain)
+    texts = [e.prompt_ids + e.answer_ids for e in examples]
+    width = max(map(len, texts))
+    ids = torch.tensor([t + [0] * (width - len(t)) for t in texts])
+    mask = torch.tensor([[1] * len(t) + [0] * (width - len(t)) for t in texts])
+    labels = torch.tensor(
+        [[-100] * len(e.prompt_ids) + e.answer_ids + [-100] * (width - len(e.prompt_ids) - 1) for e in examples]
+    )
+    theirs(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+    reference = torch.cat([p.grad.flatten() for p in trainable(plain)])
+    assert float((weights.working_grad - reference).norm() / reference.norm()) < 1e-5
+
+
+def run(llama, checkpoint=None, stop_at=None):
+    tokenizer = load_tokenizer(llama)
+    examples = encode_all(TASK, tokenizer, toy_rows(24, 1))
+    model = load_model(llama, torch.bfloat16, attention="eager")
+    seen = []
+
+    def score():
+        if stop_at is not None and len(seen) == stop_at:
+            raise KeyboardInterrupt
+        seen.append(1)
+        hits = correct(predict(model, TASK, tokenizer, examples, 8), examples)
+        return sum(hits) / len(hits)
+
+    config = lora_config(4, 2, ["q_proj", "k_proj"])
+    adapter, history = finetune(
+        model, config, examples, score, batch_size=4, schedule=SCHEDULE, seed=0, checkpoint=checkpoint
+    )
+    return adapter.lora, history
+
+
+def test_a_killed_run_resumes_to_the_same_bits(llama, tmp_path):
+    whole, history = run(llama)
+    saved = Checkpoint(tmp_path / "c", "key")
+    with pytest.raises(KeyboardInterrupt):
+        run(llama, saved, stop_at=2)  # during the evaluation at the last step
+    assert saved.read()[0] == 7
+    resumed, again = run(llama, saved)
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert history.losses == again.losses
+    assert Checkpoint(tmp_path / "c", "another key").read() is None
+    saved.path.write_bytes(saved.path.read_bytes()[:-9])
+    assert saved.read() is None  # a broken checkpoint starts the run anew
+
+
+def test_training_is_deterministic(llama):
+    (first, _), (second, _) = run(llama), run(llama)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_training_converges(llama32):
+    tokenizer = load_tokenizer(llama32)
+    examples = encode_all(TASK, tokenizer, toy_rows(24, 1))
+    model = load_model(llama32, torch.float32, attention="eager")
+    model.get_input_embeddings().weight.data.mul_(20)  # tied: at 0.02 no logit could grow
+    config = lora_config(8, 16, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+    schedule = Schedule(steps=60, lr=1e-2, warmup=2, clip=1.0, eval_every=60, checkpoint_seconds=9.0)
+    _, history = finetune(model, config, examples, lambda: 0.0, batch_size=8, schedule=schedule, seed=0)
+    assert history.losses[-1]["loss"] < 0.5 * history.losses[0]["loss"]
+
+
+def test_distances_are_zero_at_the_teacher_and_match_torch():
+    torch.manual_seed(0)
+    hidden, mask = torch.randn(2, 3, 4), torch.tensor([[True, True, False], [True, True, True]])
+    target = torch.randn(5, 4)
+    assert float(hidden_distance(hidden, mask, hidden[mask])) == 0
+    torch.testing.assert_close(hidden_distance(hidden, mask, target), ((hidden[mask] - target) ** 2).mean())
+    logits, other = torch.randn(5, 3), torch.randn(5, 3)
+    assert float(answer_divergence(logits, logits)) == pytest.approx(0, abs=1e-7)
+    p = other.softmax(-1)
+    expected = (p * (p.log() - logits.log_softmax(-1))).sum(-1).mean()
+    torch.testing.assert_close(answer_divergence(logits, other), expected)
+    with pytest.raises(CaloraError, match="teacher targets"):
+        hidden_distance(hidden, mask, target[:4])
+
+
+def test_only_the_adapter_is_trained(llama):
+    model = load_model(llama, torch.bfloat16)
+    inject(model, lora_config(4, 2, ["q_proj"]))
+    assert {n for n, p in model.named_parameters() if p.requires_grad and ".lora_" not in n} == set()
+    set_active(model, "default")
+    assert len(lora_state(model)) == 4
+
+
+def test_batches_use_each_index_once_an_epoch():
+    lengths = [5, 9, 1, 7, 7, 3, 5, 2]
+    assert sorted(i for b in length_batches(lengths, 3) for i in b) == list(range(8))
+    assert all(len({lengths[i] for i in b}) == 1 for b in equal_length_batches(lengths, 3))
+    plan = epoch_batches(lengths, 2, 8, seed=0)
+    assert sorted(i for b in plan[:4] for i in b) == sorted(i for b in plan[4:] for i in b) == list(range(8))
+    assert plan == epoch_batches(lengths, 2, 8, seed=0) != epoch_batches(lengths, 2, 8, seed=1)
