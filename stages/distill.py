@@ -7,13 +7,11 @@ models/calora/<task>/<recipe> and results/<task>/<recipe>/curves.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
-from dvclive import Live
 
 from calora.adapters import read_adapter, write_adapter
-from calora.artifacts import fingerprint, whole_directory, write_json
+from calora.artifacts import fingerprint, whole_directory, write_json, write_text
 from calora.cards import calora_card
 from calora.compressed import load
 from calora.distillation import Weights, distill
@@ -70,19 +68,20 @@ def weights(params: Params) -> Weights:
 
 
 def write_curves(directory: Path, history: History) -> None:
-    """Loss and validation accuracy against step, as dvclive writes them."""
+    """Loss and validation accuracy against step, one tab-separated file a metric, as dvclive lays them out.
+
+    dvclive itself refuses a repository without a commit, and loses the first part of a resumed run.
+    """
+    rows: dict[str, list[tuple[int, float]]] = {}
+    for losses in history.losses:
+        for key in losses.keys() - {"step"}:
+            rows.setdefault(f"train/{key}", []).append((int(losses["step"]), losses[key]))
+    rows["validation/accuracy"] = [(int(score["step"]), score["score"]) for score in history.scores]
     with whole_directory(directory) as scratch:
-        live: Any
-        with Live(str(scratch), save_dvc_exp=False, dvcyaml=None, report=None, monitor_system=False) as live:
-            scores = {int(row["step"]): row["score"] for row in history.scores}
-            for step in range(len(history.losses) + 1):
-                live.step = step
-                if step:
-                    for key, value in history.losses[step - 1].items():
-                        if key != "step":
-                            live.log_metric(f"train/{key}", value)
-                if step in scores:
-                    live.log_metric("validation/accuracy", scores[step])
+        for metric, points in rows.items():
+            name = metric.rsplit("/", 1)[-1]
+            text = f"step\t{name}\n" + "".join(f"{step}\t{value}\n" for step, value in points)
+            write_text(scratch / f"{metric}.tsv", text)
 
 
 if __name__ == "__main__":

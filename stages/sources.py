@@ -57,16 +57,16 @@ def _explained(output: str, requirement: str, digest: str) -> CaloraError:
         return CaloraError(
             f"download of {requirement}", f"SHA-256 {digest}", got, "check version and sha256 in params.yaml"
         )
-    if "No matching distribution" in output and "NewConnectionError" not in output and "Retrying" not in output:
+    if "No matching distribution" in output and "(from versions: none)" not in output:
         return CaloraError(
             f"download of {requirement}", "a published version", "none", "check the package in params.yaml"
         )
     last = [line for line in output.splitlines() if line.strip()][-1:] or ["no answer"]
     return CaloraError(
         f"download of {requirement}",
-        "the package index to answer",
+        "the package index to answer with it",
         last[0][:200],
-        f"connect to the network, or put the file into {CACHE}",
+        f"connect to the network, check the name in params.yaml, or put the file into {CACHE}",
     )
 
 
