@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -17,7 +18,7 @@ from calora.errors import CaloraError
 from calora.models import family_of, load_model
 from calora.tasks import Example
 from stages.config import load_params
-from tests.conftest import change, make_project
+from tests.conftest import ROOT, change, make_project
 
 STAGES = (
     ("base",), ("download", "toy"), ("calibration",), ("teacher", "toy"), ("compress", "q8_up"),
@@ -189,3 +190,10 @@ def test_an_adapter_of_ones_own_is_imported(project, tmp_path, monkeypatch):
     change(folder, "teacher.adapters", {"toy": {"path": "own", "sha256": own}})
     importlib.import_module("stages.teacher").main(load_params(), "toy")
     assert calora.artifacts.fingerprint(folder / "models/teacher/toy") == own
+
+
+def test_the_snippet_of_the_readme_runs(project, monkeypatch, capsys):
+    monkeypatch.chdir(project)
+    code = re.search(r"```python\n(import calora.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
+    exec(compile(code.replace("movies", "toy"), "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip() in ("['positive']", "['negative']")
