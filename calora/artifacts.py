@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -79,6 +80,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
             metadata={"format": "pt", **(metadata or {})},
         )
         os.replace(scratch, path)
+    except SafetensorError as error:  # safetensors tells of a full disk in words only
+        if "os error 28" in str(error) or "No space left" in str(error):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path)) from None
+        raise
     finally:
         scratch.unlink(missing_ok=True)
 

@@ -54,6 +54,9 @@ def run(stage: Callable[..., None]) -> None:
     try:
         params: Params = load_params()
         stage(params, *sys.argv[1:])
+    except KeyboardInterrupt:
+        print("interrupted: the next `dvc repro` goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
     except (CaloraError, OSError) as error:
         if os.environ.get("CALORA_DEBUG") == "1":
             raise

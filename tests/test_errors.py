@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from calora.artifacts import read_tensors, whole_directory, write_json, write_tensors
 from calora.errors import CaloraError
@@ -156,7 +157,7 @@ def test_no_network_and_a_wrong_hash(tmp_path, monkeypatch):
 
 def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, monkeypatch):
     def full(*args, **kwargs):
-        raise OSError(28, "No space left on device", str(tmp_path / "x"))
+        raise SafetensorError("I/O error: No space left on device (os error 28)")  # as safetensors says it
 
     monkeypatch.setattr("calora.artifacts.save_file", full)
     with pytest.raises(OSError) as caught, whole_directory(tmp_path / "out") as scratch:
