@@ -105,11 +105,6 @@ def attach_adapter(model: Any, adapter: Adapter, name: str) -> None:
         bypass = RecoveryBypass(down.shape[0], up.shape[1], down.shape[1], adapter.meta["activation"])
         bypass.load_state_dict({"down": down, "up": up}, assign=True)
         attach(layers[layer], name, bypass.requires_grad_(False))
-    freeze(model)
-
-
-def freeze(model: nn.Module) -> None:
-    """No parameter asks for a gradient."""
     model.requires_grad_(False)
 
 

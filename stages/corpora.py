@@ -122,7 +122,7 @@ def _labelled(rows: Iterable[dict[str, Any]], source: Files | HubData, task: Tas
     result = []
     for number, row in enumerate(rows, 1):
         where = f"task {task.name}, {split} row {number}"
-        for column in [*task.columns, *([source.label] if split != "unlabelled" else [])]:
+        for column in [*task.columns, source.label]:
             if column not in row:
                 raise CaloraError(
                     where, f"a column '{column}'", f"columns {sorted(row)}", "check prompt and label in params.yaml"
