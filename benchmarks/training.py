@@ -20,7 +20,7 @@ from calora.models import load_model, load_tokenizer
 from calora.tasks import Example, encode_all
 from calora.training import Schedule
 from stages.common import BASE
-from stages.training import read_split, read_task
+from stages.splits import read_split, read_task
 
 STEPS, BATCH = 20, 16
 

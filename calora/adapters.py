@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from calora.artifacts import read_json, read_tensors, whole_directory, write_json, write_tensors, write_text
 from calora.calibrate import linear_layers
@@ -89,7 +90,7 @@ def inject(model: nn.Module, config: LoraConfig, name: str = "default") -> None:
         inject_adapter_in_model(config, model, adapter_name=name)
 
 
-def attach_adapter(model: Any, adapter: Adapter, name: str) -> None:
+def attach_adapter(model: PreTrainedModel, adapter: Adapter, name: str) -> None:
     """Add an adapter's LoRA and its bypasses to `model` in place, strictly by name."""
     inject(model, adapter.config, name)
     result: Any = set_peft_model_state_dict(model, adapter.lora, adapter_name=name)
@@ -108,7 +109,7 @@ def attach_adapter(model: Any, adapter: Adapter, name: str) -> None:
     model.requires_grad_(False)
 
 
-def set_active(model: Any, name: str | None) -> None:
+def set_active(model: PreTrainedModel, name: str | None) -> None:
     """Make `name` the active LoRA and bypass everywhere; None switches both off."""
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
@@ -129,7 +130,14 @@ def take_adapter(model: nn.Module, config: LoraConfig, meta: Mapping[str, Any], 
     return Adapter(config, lora_state(model, name), recovery_state(model, name), dict(meta))
 
 
-def write_adapter(directory: Path, adapter: Adapter, base: str, card: str, dtype: torch.dtype) -> None:
+def write_adapter(
+    directory: Path,
+    adapter: Adapter,
+    base: str,
+    card: str,
+    dtype: torch.dtype,
+    notes: Mapping[str, object] | None = None,
+) -> None:
     """Write an adapter folder that PEFT reads as a plain LoRA.
 
     Where there is a recovery part, an extra key in adapter_config.json makes plain PEFT warn that it is not loaded.
@@ -138,6 +146,7 @@ def write_adapter(directory: Path, adapter: Adapter, base: str, card: str, dtype
         base: what `base_model_name_or_path` says.
         card: the text of README.md.
         dtype: of the stored tensors.
+        notes: JSON files to put beside them, by name.
     """
     with whole_directory(directory) as scratch:
         adapter.config.base_model_name_or_path = base
@@ -153,6 +162,13 @@ def write_adapter(directory: Path, adapter: Adapter, base: str, card: str, dtype
         if adapter.recovery:
             write_tensors(scratch / RECOVERY, {key: tensor.to(dtype) for key, tensor in adapter.recovery.items()})
         write_text(scratch / "README.md", card)
+        for name, note in (notes or {}).items():
+            write_json(scratch / name, note)
+
+
+def lora_bytes(directory: Path) -> int:
+    """Bytes of an adapter folder that its LoRA needs: the weights and their configuration."""
+    return sum((directory / name).stat().st_size for name in (CONFIG, LORA))
 
 
 def read_plain_lora(directory: Path, made_by: str = MADE_BY) -> Adapter:

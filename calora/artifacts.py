@@ -35,8 +35,14 @@ def whole_directory(target: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
+    replace_directory(scratch, target)
+
+
+def replace_directory(scratch: Path, target: Path) -> None:
+    """Rename the finished folder `scratch` to `target`, whatever stood there."""
     if target.exists():
         shutil.rmtree(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
     scratch.rename(target)
 
 
@@ -129,13 +135,6 @@ def fingerprint(directory: Path) -> str:
     for file in files:
         whole.update(f"{file.name}\0{sha256(file)}\n".encode())
     return whole.hexdigest()
-
-
-def check_hash(path: Path, expected: str, fix: str) -> None:
-    """Raise unless the file's SHA-256 is `expected`."""
-    found = sha256(path)
-    if found != expected:
-        raise CaloraError(path, f"SHA-256 {expected}", found, fix)
 
 
 def bytes_on_disk(directory: Path) -> int:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from calora.batching import equal_length_batches
 from calora.errors import CaloraError
 from calora.models import family_of
+from calora.progress import progress
 from calora.tasks import Example
 
 MOMENT_BYTES = 2**30  # second moments held at once; wider models take more passes instead of more memory
 
 
-def linear_layers(model: Any) -> dict[str, nn.Linear]:
+def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
     """The linear layers of the transformer blocks, by name: what is compressed and what is recovered.
 
     The output head is left out: it belongs with the embeddings.
@@ -30,13 +30,13 @@ def linear_layers(model: Any) -> dict[str, nn.Linear]:
     }
 
 
-def input_square_sums(model: Any, examples: Sequence[Example]) -> dict[str, Tensor]:
+def input_square_sums(model: PreTrainedModel, examples: Sequence[Example]) -> dict[str, Tensor]:
     """Layer name -> sum over tokens of x^2, fp32 [in] (Wanda's ||X_j||^2)."""
     return _accumulate(model, examples, linear_layers(model), lambda x: x.square().sum(0), "input norms")
 
 
 def input_second_moments(
-    model: Any, examples: Sequence[Example], layers: Mapping[str, nn.Linear]
+    model: PreTrainedModel, examples: Sequence[Example], layers: Mapping[str, nn.Linear]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (layer name, X^T X) with fp32 [in, in], a group of layers at a time to bound the memory."""
     group: dict[str, nn.Linear] = {}
@@ -50,7 +50,7 @@ def input_second_moments(
 
 
 def _accumulate(
-    model: Any,
+    model: PreTrainedModel,
     examples: Sequence[Example],
     layers: Mapping[str, nn.Linear],
     statistic: Callable[[Tensor], Tensor],
@@ -73,7 +73,7 @@ def _accumulate(
         with torch.no_grad():
             # Equal lengths: a padded position would count as an input.
             batches = equal_length_batches([len(e.prompt_ids) for e in examples], 16)
-            for indices in tqdm(batches, desc=title, unit="batch", disable=None):
+            for indices in progress(batches, title, "batches"):
                 batch = family.collate([Example(examples[i].prompt_ids) for i in indices], model)
                 family.forward(model, batch, torch.tensor([0]))
     finally:

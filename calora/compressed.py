@@ -28,14 +28,14 @@ MADE_BY = "run `dvc repro` to make the compressed model"
 CARRIED = ("config.json", "generation_config.json", "*token*", "*.model", "vocab*", "merges*", "chat_template*")
 
 
-class Compressed:
-    """What `calora.load` adds to a transformers model: adapters by name, and answers to plain texts."""
+class Compressed(PreTrainedModel):
+    """What `calora.load` makes of a transformers model: it takes adapters by name, and answers plain texts."""
 
     calora_fingerprint: str
     calora_tokenizer: PreTrainedTokenizerBase
     calora_tasks: dict[str, Task]
 
-    def load_adapter(self, path: str | Path, name: str) -> None:
+    def load_adapter(self, path: str | Path, name: str) -> None:  # type: ignore[override]  # transformers' knows no bypass
         """Load a CA-LoRA adapter folder under `name`; the first one loaded becomes active.
 
         Raises:
@@ -57,7 +57,7 @@ class Compressed:
         else:
             set_active(self, self.calora_active)
 
-    def set_adapter(self, name: str | None) -> None:
+    def set_adapter(self, name: str | None) -> None:  # type: ignore[override]
         """Switch to the adapter `name` (its LoRA and its bypass); None uses the compressed model alone."""
         if name is not None and name not in self.calora_tasks:
             raise CaloraError("set_adapter", f"one of {sorted(self.calora_tasks)}", name, "load it with load_adapter")
@@ -105,7 +105,7 @@ def save(model: PreTrainedModel, report: dict[str, Any], directory: Path, base: 
         write_json(scratch / REPORT, {**total, **report, "tied": tied})
 
 
-def load(path: str | Path, dense: bool = False, attention: str = "sdpa", device: str = "cpu") -> Any:
+def load(path: str | Path, dense: bool = False, attention: str = "sdpa", device: str = "cpu") -> Compressed:
     """Load a compressed model: a transformers model with packed layers that also takes CA-LoRA adapters.
 
     Args:
@@ -147,7 +147,8 @@ def load(path: str | Path, dense: bool = False, attention: str = "sdpa", device:
     model.__class__ = type(f"Compressed{cls.__name__}", (Compressed, cls), {})
     model.calora_fingerprint, model.calora_tasks = found, {}
     model.calora_tokenizer = load_tokenizer(directory)
-    return model.to(device).eval().requires_grad_(False)
+    loaded: Compressed = model.to(device).eval().requires_grad_(False)
+    return loaded
 
 
 def _restore(empty: nn.Module, entry: Mapping[str, Any], dtype: torch.dtype, tensors: dict[str, Tensor]) -> nn.Module:

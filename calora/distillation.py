@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from calora.adapters import Adapter, attach_adapter, inject, lora_state, set_active, take_adapter
 from calora.batching import epoch_batches
@@ -99,10 +100,10 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 
 def finetune(
-    model: Any,
-    config: Any,
+    model: PreTrainedModel,
+    config: LoraConfig,
     examples: Sequence[Example],
-    score: Any,
+    score: Callable[[], float],
     *,
     batch_size: int,
     schedule: Schedule,
@@ -132,11 +133,11 @@ def finetune(
 
 
 def distill(
-    model: Any,
+    model: PreTrainedModel,
     adapter: Adapter,
     labelled: tuple[Sequence[Example], Targets],
     unlabelled: tuple[Sequence[Example], Targets] | None,
-    score: Any,
+    score: Callable[[], float],
     weights: Weights,
     *,
     batch_size: int,
@@ -163,8 +164,6 @@ def distill(
     family = family_of(model)
     every = weights.unlabelled_every if unlabelled else 0
     pools = [p for p in (labelled, unlabelled) if p is not None]
-    for examples, targets in pools:
-        targets.check(examples, "teacher targets")
     texts = [targets.with_answers(examples) for examples, targets in pools]
     plans = [
         epoch_batches([e.tokens for e in pool], batch_size, schedule.steps, seed + 1000 * i)

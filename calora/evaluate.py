@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from calora.batching import length_batches
 from calora.metrics import normalise
 from calora.models import Classifier, family_of
+from calora.progress import progress
 from calora.tasks import Example, Task
 
 
@@ -25,7 +24,7 @@ class Predictions:
 
 
 def predict(
-    model: Any,
+    model: PreTrainedModel,
     task: Task,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
@@ -35,7 +34,7 @@ def predict(
     """Answer every example: by the highest answer logit (scored), or by greedy generation.
 
     Args:
-        title: names a progress bar; without one there is none.
+        title: what the progress bar says; without one there is none.
     """
     family = family_of(model)
     answers, labels = [""] * len(examples), [-1] * len(examples)
@@ -44,7 +43,7 @@ def predict(
         scored_ids = torch.tensor(task.answer_token_ids(tokenizer))
     batches = length_batches([len(e.prompt_ids) for e in examples], batch_size)
     with torch.no_grad():
-        for indices in tqdm(batches, desc=title, unit="batch", disable=None if title else True):
+        for indices in progress(batches, title, "batches"):
             prompts = [Example(examples[i].prompt_ids) for i in indices]
             if task.scored:
                 output = family.forward(model, family.collate(prompts, model), scored_ids)

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from calora.adapters import Adapter, attach_adapter
 from calora.calibrate import input_second_moments, linear_layers
 from calora.compression import dense_weight
 from calora.errors import CaloraError
+from calora.progress import progress
 from calora.recovery import RecoveryBypass
 from calora.tasks import Example
 from calora.warmstart import best_linear_correction, correction_rank, linear_as_bypass
@@ -20,7 +21,7 @@ from calora.warmstart import best_linear_correction, correction_rank, linear_as_
 STARTS = ("weighted_error", "zero")
 
 
-def map_lora(model: Any, lora: dict[str, Tensor]) -> dict[str, list[int]]:
+def map_lora(model: PreTrainedModel, lora: dict[str, Tensor]) -> dict[str, list[int]]:
     """Check that every LoRA tensor fits a layer of `model`; returns layer -> [in, out] of all that were mapped.
 
     Raises:
@@ -50,7 +51,7 @@ def map_lora(model: Any, lora: dict[str, Tensor]) -> dict[str, list[int]]:
 
 
 def inherit(
-    model: Any,
+    model: PreTrainedModel,
     teacher: Adapter,
     reference: Callable[[str], Tensor],
     calibration: Sequence[Example],
@@ -97,8 +98,11 @@ def inherit(
     if start == "weighted_error":
         # Inputs are taken with the inherited LoRA in place: what the bypass will see.
         attach_adapter(model, Adapter(teacher.config, teacher.lora), name)
-        moments = input_second_moments(model, calibration, linear_layers_of(model, layers))
-        for key, moment in tqdm(moments, total=len(layers), desc="warm start", unit="layer", disable=None):
+        wanted = {
+            key: layer for key, layer in linear_layers(model).items() if key in layers
+        }  # now under PEFT's wrapping
+        moments = input_second_moments(model, calibration, wanted)
+        for key, moment in progress(moments, "warm start", "layers", len(layers)):
             error = reference(key).float() - dense_weight(layers[key], torch.float32)
             p, q = best_linear_correction(error, moment, correction_rank(rank, activation))
             recovery[f"{key}.down"], recovery[f"{key}.up"] = linear_as_bypass(p, q, activation, rank)
@@ -106,8 +110,3 @@ def inherit(
             before, after = (float(((e @ moment) * e).sum()) for e in (error, rest))
             removed[key] = round(1 - after / before, 4) if before > 0 else 0.0
     return Adapter(teacher.config, teacher.lora, recovery, meta), {"mapped": mapped, "bypass": removed}
-
-
-def linear_layers_of(model: Any, wanted: dict[str, Any]) -> dict[str, Any]:
-    """The linear layers of `model` (under any PEFT wrapping) that `wanted` names."""
-    return {key: layer for key, layer in linear_layers(model).items() if key in wanted}

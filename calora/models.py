@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from calora.artifacts import check_tensors
 from calora.errors import CaloraError
@@ -47,13 +47,13 @@ class Family(Protocol):
 
     stacks: tuple[str, ...]
 
-    def collate(self, examples: Sequence[Example], model: Any) -> Batch:
+    def collate(self, examples: Sequence[Example], model: PreTrainedModel) -> Batch:
         """Pad examples into a batch."""
 
-    def forward(self, model: Any, batch: Batch, token_ids: Tensor | None) -> Output:
+    def forward(self, model: PreTrainedModel, batch: Batch, token_ids: Tensor | None) -> Output:
         """Run the model; `token_ids` [k] limits the logits to those tokens."""
 
-    def generate(self, model: Any, examples: Sequence[Example], max_new_tokens: int) -> list[list[int]]:
+    def generate(self, model: PreTrainedModel, examples: Sequence[Example], max_new_tokens: int) -> list[list[int]]:
         """Greedy answers, as token ids without the prompt."""
 
 
@@ -79,7 +79,7 @@ def _answer_positions(examples: Sequence[Example], starts: Sequence[int]) -> tup
     return (torch.tensor(rows), torch.tensor(columns)), torch.tensor(labels)
 
 
-def _token_id(model: Any, *names: str) -> int:
+def _token_id(model: PreTrainedModel, *names: str) -> int:
     for name in names:
         value = getattr(model.config, name, None)
         if isinstance(value, list):
@@ -105,20 +105,20 @@ class DecoderOnly:
 
     stacks: tuple[str, ...] = ("decoder",)
 
-    def collate(self, examples: Sequence[Example], model: Any) -> Batch:
+    def collate(self, examples: Sequence[Example], model: PreTrainedModel) -> Batch:
         sequences = [[*e.prompt_ids, *e.answer_ids[:-1]] for e in examples]
         ids, mask = pad(sequences, _token_id(model, "pad_token_id", "eos_token_id"))
         positions, labels = _answer_positions(examples, [len(e.prompt_ids) - 1 for e in examples])
         return Batch({"input_ids": ids}, positions, labels, {"decoder": mask})
 
-    def forward(self, model: Any, batch: Batch, token_ids: Tensor | None) -> Output:
+    def forward(self, model: PreTrainedModel, batch: Batch, token_ids: Tensor | None) -> Output:
         decoder = model.get_decoder()
         hidden = decoder(**batch.inputs, use_cache=False).last_hidden_state
         # Gathered first: a head over a strided slice would copy its whole weight once per row.
         states = hidden[batch.positions]
         return Output({"decoder": hidden}, head_logits(model.get_output_embeddings(), states, token_ids))
 
-    def generate(self, model: Any, examples: Sequence[Example], max_new_tokens: int) -> list[list[int]]:
+    def generate(self, model: PreTrainedModel, examples: Sequence[Example], max_new_tokens: int) -> list[list[int]]:
         ids, mask = pad([e.prompt_ids for e in examples], _token_id(model, "pad_token_id", "eos_token_id"), left=True)
         return _generate(model, ids, mask, max_new_tokens, skip=ids.shape[1])
 
@@ -128,7 +128,7 @@ class EncoderDecoder:
 
     stacks: tuple[str, ...] = ("encoder", "decoder")
 
-    def collate(self, examples: Sequence[Example], model: Any) -> Batch:
+    def collate(self, examples: Sequence[Example], model: PreTrainedModel) -> Batch:
         ids, mask = pad([e.prompt_ids for e in examples], _token_id(model, "pad_token_id"))
         start = _token_id(model, "decoder_start_token_id", "pad_token_id")
         decoder_ids, decoder_mask = pad(
@@ -138,13 +138,13 @@ class EncoderDecoder:
         inputs = {"input_ids": ids, "attention_mask": mask.long(), "decoder_input_ids": decoder_ids}
         return Batch(inputs, positions, labels, {"encoder": mask, "decoder": decoder_mask})
 
-    def forward(self, model: Any, batch: Batch, token_ids: Tensor | None) -> Output:
+    def forward(self, model: PreTrainedModel, batch: Batch, token_ids: Tensor | None) -> Output:
         out = model(**batch.inputs, output_hidden_states=True, use_cache=False)
         logits = out.logits[batch.positions]
         hidden = {"encoder": out.encoder_last_hidden_state, "decoder": out.decoder_hidden_states[-1]}
         return Output(hidden, logits if token_ids is None else logits[:, token_ids])
 
-    def generate(self, model: Any, examples: Sequence[Example], max_new_tokens: int) -> list[list[int]]:
+    def generate(self, model: PreTrainedModel, examples: Sequence[Example], max_new_tokens: int) -> list[list[int]]:
         ids, mask = pad([e.prompt_ids for e in examples], _token_id(model, "pad_token_id"))
         return _generate(model, ids, mask, max_new_tokens, skip=1)
 
@@ -154,22 +154,22 @@ class Classifier:
 
     stacks: tuple[str, ...] = ("encoder",)
 
-    def collate(self, examples: Sequence[Example], model: Any) -> Batch:
+    def collate(self, examples: Sequence[Example], model: PreTrainedModel) -> Batch:
         ids, mask = pad([e.prompt_ids for e in examples], _token_id(model, "pad_token_id"))
         labels = torch.tensor([e.label if e.label >= 0 else IGNORE for e in examples])
         rows = torch.arange(len(examples))
         inputs = {"input_ids": ids, "attention_mask": mask.long()}
         return Batch(inputs, (rows, torch.zeros_like(rows)), labels, {"encoder": mask})
 
-    def forward(self, model: Any, batch: Batch, token_ids: Tensor | None) -> Output:
+    def forward(self, model: PreTrainedModel, batch: Batch, token_ids: Tensor | None) -> Output:
         out = model(**batch.inputs, output_hidden_states=True)
         return Output({"encoder": out.hidden_states[-1]}, out.logits)
 
-    def generate(self, model: Any, examples: Sequence[Example], max_new_tokens: int) -> list[list[int]]:
+    def generate(self, model: PreTrainedModel, examples: Sequence[Example], max_new_tokens: int) -> list[list[int]]:
         raise CaloraError("a classifier", "a scored task", "a generated one", "use a language model for it")
 
 
-def _generate(model: Any, ids: Tensor, mask: Tensor, max_new_tokens: int, skip: int) -> list[list[int]]:
+def _generate(model: PreTrainedModel, ids: Tensor, mask: Tensor, max_new_tokens: int, skip: int) -> list[list[int]]:
     generate: Any = model.generate
     out = generate(
         input_ids=ids,
@@ -182,14 +182,14 @@ def _generate(model: Any, ids: Tensor, mask: Tensor, max_new_tokens: int, skip: 
     return sequences
 
 
-def family_of(model: Any) -> Family:
+def family_of(model: PreTrainedModel) -> Family:
     """The family of a loaded model, told by its configuration and its head."""
     if "SequenceClassification" in type(model).__name__:
         return Classifier()
     return EncoderDecoder() if model.config.is_encoder_decoder else DecoderOnly()
 
 
-def model_class(config: Any, where: Path) -> type[PreTrainedModel]:
+def model_class(config: PretrainedConfig, where: Path) -> type[PreTrainedModel]:
     """The transformers class that `config.json` names under `architectures`."""
     names = config.architectures or ["nothing"]
     cls = getattr(transformers, names[0], None)
@@ -206,7 +206,9 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(directory: Path, dtype: torch.dtype, attention: str = "sdpa", labels: int | None = None) -> Any:
+def load_model(
+    directory: Path, dtype: torch.dtype, attention: str = "sdpa", labels: int | None = None
+) -> PreTrainedModel:
     """An uncompressed model from a local folder of safetensors, frozen and in eval mode.
 
     Args:
@@ -224,4 +226,5 @@ def load_model(directory: Path, dtype: torch.dtype, attention: str = "sdpa", lab
     model = cls.from_pretrained(
         directory, dtype=dtype, attn_implementation=attention, local_files_only=True, use_safetensors=True, **options
     )
-    return model.eval().requires_grad_(False)
+    loaded: PreTrainedModel = model.eval().requires_grad_(False)
+    return loaded

@@ -6,24 +6,23 @@ So the teacher is never in memory beside the student, and every change of compre
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from calora.artifacts import check_tensors, read_json, write_json, write_tensors
+from calora.artifacts import check_tensors, write_tensors
 from calora.batching import length_batches
 from calora.errors import CaloraError
 from calora.models import Batch, Output, family_of
+from calora.progress import progress
 from calora.tasks import Example, Task
 
-SHARD_BYTES = 2**26
-INDEX = "targets.json"
+SHARD_TOKENS = 2**14  # a shard is the most that an interrupted run has to do again
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Target:
 
 def write_targets(
     directory: Path,
-    model: Any,
+    model: PreTrainedModel,
     task: Task,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
@@ -54,44 +53,46 @@ def write_targets(
     """Run the teacher over `examples` and store its last hidden states and answer logits, in the model's dtype.
 
     Scored tasks keep the logits of the candidate answers; generated ones the `top_k` highest. Where a generated
-    example has no answer, the teacher's own greedy answer stands in for it.
+    example has no answer, the teacher's own greedy answer stands in for it. Shards that an interrupted call with
+    the same arguments left in `directory` are kept.
     """
     family = family_of(model)
     answer_ids = torch.tensor(task.answer_token_ids(tokenizer)) if task.scored else None
-    place: list[tuple[int, int]] = [(-1, -1)] * len(examples)
-    answers: list[list[int]] = [[]] * len(examples)
-    shard: dict[str, Tensor] = {}
-    number, held = 0, 0
     batches = length_batches([e.tokens for e in examples], batch_size)
+    shard: dict[str, Tensor] = {}
     with torch.no_grad():
-        for indices in tqdm(batches, desc=title, unit="batch", disable=None):
-            batch_examples = [examples[i] for i in indices]
-            if not task.scored and not all(e.answer_ids for e in batch_examples):
-                batch_examples = _with_own_answers(model, task, tokenizer, batch_examples)
-            batch = family.collate(batch_examples, model)
+        for number, (indices, last) in enumerate(progress(_sharded(batches, examples), title, "batches", len(batches))):
+            path = directory / f"targets-{last:05d}.safetensors"
+            if path.exists():
+                continue
+            chosen = [examples[i] for i in indices]
+            if not task.scored and not all(e.answer_ids for e in chosen):
+                chosen = _with_own_answers(model, task, tokenizer, chosen)
+            batch = family.collate(chosen, model)
             output = family.forward(model, batch, answer_ids)
-            for row, (index, target) in enumerate(zip(indices, _rows(batch, output, answer_ids, top_k), strict=True)):
-                place[index], answers[index] = (number, row_count(shard)), batch_examples[row].answer_ids
-                prefix = row_count(shard)
-                for stack, hidden in target.hidden.items():
-                    shard[f"{prefix}.hidden.{stack}"] = hidden
-                shard[f"{prefix}.logits"], shard[f"{prefix}.token_ids"] = target.logits, target.token_ids
-                held += sum(t.nbytes for t in target.hidden.values())
-            if held >= SHARD_BYTES:
-                write_tensors(directory / f"targets-{number:05d}.safetensors", shard)
-                shard, held, number = {}, 0, number + 1
-    if shard:
-        write_tensors(directory / f"targets-{number:05d}.safetensors", shard)
-    write_json(directory / INDEX, {"place": place, "answers": answers, "tokens": [e.tokens for e in examples]})
+            for index, example, target in zip(indices, chosen, _rows(batch, output, answer_ids, top_k), strict=True):
+                shard |= {f"{index}.hidden.{stack}": hidden for stack, hidden in target.hidden.items()}
+                shard |= {f"{index}.token_ids": target.token_ids, f"{index}.logits": target.logits}
+                shard[f"{index}.answer_ids"] = torch.tensor(example.answer_ids, dtype=torch.long)
+            if number == last:
+                write_tensors(path, shard)
+                shard = {}
 
 
-def row_count(shard: dict[str, Tensor]) -> int:
-    """Examples in a shard so far."""
-    return sum(name.endswith(".logits") for name in shard)
+def _sharded(batches: Sequence[list[int]], examples: Sequence[Example]) -> list[tuple[list[int], int]]:
+    """Each batch with the number of the batch that ends its shard."""
+    ends: list[int] = []
+    held = 0
+    for number, indices in enumerate(batches):
+        held += sum(examples[i].tokens for i in indices)
+        if held >= SHARD_TOKENS or number == len(batches) - 1:
+            ends += [number] * (number + 1 - len(ends))
+            held = 0
+    return list(zip(batches, ends, strict=True))
 
 
 def _with_own_answers(
-    model: Any, task: Task, tokenizer: PreTrainedTokenizerBase, examples: list[Example]
+    model: PreTrainedModel, task: Task, tokenizer: PreTrainedTokenizerBase, examples: list[Example]
 ) -> list[Example]:
     written = family_of(model).generate(model, [Example(e.prompt_ids) for e in examples], task.max_new_tokens)
     end = tokenizer.eos_token_id
@@ -120,35 +121,37 @@ class Targets:
     """Stored targets, read from disk a batch at a time."""
 
     def __init__(self, directory: Path) -> None:
-        made_by = "run `dvc repro` to make the teacher's targets"
-        index = read_json(directory / INDEX, made_by)
-        self.place: list[tuple[int, int]] = index["place"]
-        self.answers: list[list[int]] = index["answers"]
-        self.tokens: list[int] = index["tokens"]
-        shards = {shard for shard, _ in self.place}
-        paths = [directory / f"targets-{shard:05d}.safetensors" for shard in sorted(shards)]
+        paths = sorted(directory.glob("targets-*.safetensors")) or [directory / "targets-00000.safetensors"]
+        self.files: dict[int, Any] = {}
+        names: set[str] = set()
         for path in paths:
-            check_tensors(path, made_by)
-        self.files: list[Any] = [safe_open(path, framework="pt") for path in paths]
-        self.stacks = tuple(
-            sorted({name.split(".")[-1] for name in self.files[0].keys() if ".hidden." in name})  # noqa: SIM118
-        )
-
-    def check(self, examples: Sequence[Example], where: str) -> None:
-        """Raise unless the targets were made from exactly these examples' lengths."""
-        if len(examples) != len(self.place):
-            raise CaloraError(where, f"{len(examples)} targets", len(self.place), "run `dvc repro` from teacher on")
+            check_tensors(path, "run `dvc repro` to make the teacher's targets")
+            file = safe_open(path, framework="pt")
+            for name in file.keys():  # type: ignore[no-untyped-call]  # noqa: SIM118  (not a dict)
+                index, _, kind = name.partition(".")
+                self.files[int(index)] = file
+                names.add(kind)
+        self.stacks = sorted(name.removeprefix("hidden.") for name in names if name.startswith("hidden."))
 
     def with_answers(self, examples: Sequence[Example]) -> list[Example]:
-        """The examples with the answers that the targets were computed for (the teacher's own where none was known)."""
+        """The examples with the answers that the targets are about (the teacher's own where none was known).
+
+        Raises:
+            CaloraError: the targets were made from another number of examples.
+        """
+        if self.files.keys() != set(range(len(examples))):
+            raise CaloraError("teacher targets", len(examples), len(self.files), "run `dvc repro` from teacher on")
         return [
-            example if example.answer_ids or not answer else Example(example.prompt_ids, answer)
-            for example, answer in zip(examples, self.answers, strict=True)
+            example if example.answer_ids else replace(example, answer_ids=self._tensor(index, "answer_ids").tolist())
+            for index, example in enumerate(examples)
         ]
 
     def read(self, indices: Sequence[int]) -> Target:
         """The targets of a batch, rows in the order of `indices`."""
-        rows = [(self.files[self.place[i][0]], self.place[i][1]) for i in indices]
-        hidden = {s: torch.cat([f.get_tensor(f"{r}.hidden.{s}") for f, r in rows]) for s in self.stacks}
-        token_ids, logits = (torch.cat([f.get_tensor(f"{r}.{n}") for f, r in rows]) for n in ("token_ids", "logits"))
+        hidden = {s: torch.cat([self._tensor(i, f"hidden.{s}") for i in indices]) for s in self.stacks}
+        token_ids, logits = (torch.cat([self._tensor(i, kind) for i in indices]) for kind in ("token_ids", "logits"))
         return Target(hidden, token_ids, logits)
+
+    def _tensor(self, index: int, kind: str) -> Tensor:
+        tensor: Tensor = self.files[index].get_tensor(f"{index}.{kind}")
+        return tensor

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from calora.artifacts import read_tensors, write_tensors
 from calora.errors import CaloraError
+from calora.progress import progress
 
 Losses = dict[str, Tensor]
 
@@ -64,6 +65,16 @@ class History:
     def best(self) -> dict[str, float]:
         """The evaluation with the highest score, the earliest of equals."""
         return max(self.scores, key=lambda row: (row["score"], -row["step"]))
+
+    @property
+    def rate(self) -> float:
+        """Real tokens a second, evaluations left out."""
+        return self.tokens / max(self.seconds, 1e-9)
+
+    def latest(self) -> dict[str, str]:
+        """The last loss and validation score, to show."""
+        shown = {"loss": f"{self.losses[-1]['loss']:.3f}"}
+        return shown | ({"validation": f"{self.scores[-1]['score']:.3f}"} if self.scores else {})
 
     def to_json(self) -> dict[str, Any]:
         """The curves, without the seconds: the same whenever and wherever the run was made."""
@@ -126,6 +137,14 @@ class MasterWeights:
         }
         self.publish()
 
+    def finish(self, best: Tensor) -> None:
+        """Leave the model with the parameters `best`, frozen and without gradients."""
+        self.master.data.copy_(best)
+        self.publish()
+        for parameter in self.parameters:
+            parameter.grad = None
+            parameter.requires_grad_(False)
+
 
 class Checkpoint:
     """Where a run saves itself so that a kill loses little. A checkpoint of another run (another key) is ignored."""
@@ -143,8 +162,6 @@ class Checkpoint:
         """The last checkpoint of this very run, or None."""
         if not self.path.exists():
             return None
-        from safetensors import safe_open
-
         try:
             tensors = read_tensors(self.path, "the run starts anew")
             with safe_open(self.path, framework="pt") as file:
@@ -187,37 +204,31 @@ def train(
         start, history, tensors = saved
         best = tensors.pop("best")
         weights.restore(tensors)
-        tqdm.write(f"{title}: resumes after step {start} of {schedule.steps}")
+        print(f"{title}: resumes after step {start} of {schedule.steps}", flush=True)
     elif schedule.eval_every:
         history.scores.append({"step": 0, "score": score()})
     last_save = clock = time.monotonic()
-    bar = tqdm(range(start, schedule.steps), initial=start, total=schedule.steps, desc=title, unit="step", disable=None)
+    bar = progress(range(start, schedule.steps), title, "steps", schedule.steps, start)
     for step in bar:
         losses, tokens = loss_of_step(step)
-        losses["loss"].backward()  # type: ignore[no-untyped-call]
+        losses["loss"].backward()
         row = {name: float(value.detach()) for name, value in losses.items()}
         if not math.isfinite(row["loss"]):
             raise CaloraError(f"{title}, step {step}", "a finite loss", row["loss"], "lower the learning rate")
         weights.step(schedule.rate(step), schedule.clip)
-        history.losses.append({"step": step + 1, **row})
-        history.tokens += tokens
         done = step + 1
+        history.losses.append({"step": done, **row})
+        history.tokens += tokens
         history.seconds += time.monotonic() - clock
         if done == schedule.steps or (schedule.eval_every and done % schedule.eval_every == 0):
             history.scores.append({"step": done, "score": score()})
             if history.best["step"] == done:
                 best = weights.master.detach().clone()
-            bar.set_postfix(loss=f"{row['loss']:.3f}", validation=f"{history.scores[-1]['score']:.3f}")
+        bar.set_postfix(refresh=False, **history.latest())
         clock = time.monotonic()
-        if checkpoint and clock - last_save >= schedule.checkpoint_seconds and done < schedule.steps:
+        if checkpoint and (clock - last_save >= schedule.checkpoint_seconds or done == schedule.steps):
             checkpoint.save(done, history, {**weights.state(), "best": best})
             last_save = clock = time.monotonic()
-    weights.master.data.copy_(best)
-    weights.publish()
-    tqdm.write(
-        f"{title}: {history.tokens} tokens in {history.seconds:.0f} s of training, {history.tokens / max(history.seconds, 1e-9):.0f} tokens/s"
-    )
-    for parameter in weights.parameters:
-        parameter.grad = None
-        parameter.requires_grad_(False)
+    weights.finish(best)
+    print(f"{title}: {history.tokens} tokens in {history.seconds:.0f} s, {history.rate:.0f} tokens/s", flush=True)
     return history

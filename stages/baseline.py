@@ -6,18 +6,14 @@ paper's smaller baseline. Reads models/compressed/<recipe>, data/<task>; writes 
 
 from __future__ import annotations
 
-import torch
 from peft import LoraConfig
 
-from calora.adapters import check_targets, lora_config, write_adapter
-from calora.artifacts import whole_directory, write_json
-from calora.cards import plain_card
+from calora.adapters import check_targets, lora_config
 from calora.compressed import load
-from calora.distillation import finetune
-from calora.tasks import encode_all
 from stages.common import adapter, compressed, run
 from stages.config import Params
-from stages.training import checkpoint, read_split, read_task, schedule, scorer
+from stages.splits import read_task
+from stages.training import train_lora
 
 
 def main(params: Params, name: str, recipe: str, method: str) -> None:
@@ -26,22 +22,13 @@ def main(params: Params, name: str, recipe: str, method: str) -> None:
     model = load(compressed(recipe), dense=True, attention="eager")
     config = config_of(params, method)
     check_targets(model, list(config.target_modules or []), "inherit.targets")
-    examples = encode_all(task, model.calora_tokenizer, read_split(name, "train"))
-    saved = checkpoint(params, method, name, recipe, [model.calora_fingerprint, str(config.to_dict())])
-    trained, history = finetune(
-        model, config, examples, scorer(model, task, model.calora_tokenizer, params),
-        batch_size=params.train.batch_size, schedule=schedule(params), seed=params.seed,
-        checkpoint=saved, title=f"{name} on {recipe}: {method}",
-    )  # fmt: skip
-    trained.meta = {
+    meta = {
         "task": task.to_json(), "compressed_fingerprint": model.calora_fingerprint, "recipe": recipe, "recovery": False,
     }  # fmt: skip
-    with whole_directory(adapter(method, name, recipe)) as scratch:
-        write_adapter(
-            scratch, trained, str(compressed(recipe)), plain_card(task, str(compressed(recipe))), torch.bfloat16
-        )
-        write_json(scratch / "history.json", history.to_json())
-    saved.clear()
+    folder, base = adapter(method, name, recipe), compressed(recipe)
+    train_lora(
+        params, task, model, model.calora_tokenizer, config, folder, base, model.calora_fingerprint, meta
+    ).clear()
 
 
 def config_of(params: Params, method: str) -> LoraConfig:

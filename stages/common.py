@@ -41,6 +41,11 @@ def adapter(method: str, task: str, recipe: str) -> Path:
     return Path("models") / method / task / recipe
 
 
+def small_lora(task: str) -> Path:
+    """The LoRA on the small dense baseline."""
+    return Path("models/small_lora") / task
+
+
 def results(*parts: str) -> Path:
     """Metrics, predictions, curves."""
     return Path("results").joinpath(*parts)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from calora.adapters import read_adapter, write_adapter
-from calora.artifacts import fingerprint, whole_directory, write_json, write_text
+from calora.artifacts import fingerprint, whole_directory, write_text
 from calora.cards import calora_card
 from calora.compressed import load
 from calora.distillation import Weights, distill
@@ -21,7 +21,8 @@ from calora.tasks import Example, encode_all
 from calora.training import History
 from stages.common import adapter, compressed, results, run, targets
 from stages.config import Params
-from stages.training import checkpoint, read_split, read_task, schedule, scorer
+from stages.splits import read_split, read_task
+from stages.training import checkpoint, run_key, schedule, scorer
 
 
 def main(params: Params, name: str, recipe: str) -> None:
@@ -39,25 +40,20 @@ def main(params: Params, name: str, recipe: str) -> None:
     labelled = pool("train")
     assert labelled is not None  # read_split raises on an empty training split
     score = scorer(model, task, tokenizer, params)
-    saved = checkpoint(
-        params, "calora", name, recipe,
-        [model.calora_fingerprint, fingerprint(source), params.distill.model_dump_json()],
-    )  # fmt: skip
+    out, base = adapter("calora", name, recipe), str(compressed(recipe))
+    inputs = (model.calora_fingerprint, fingerprint(source), params.distill.model_dump_json())
+    saved = checkpoint(out, run_key(params, name, *inputs))
     trained, history = distill(
         model, inherited, labelled, pool("unlabelled"), score, weights(params),
         batch_size=params.train.batch_size, schedule=schedule(params), seed=params.seed,
-        checkpoint=saved, title=f"{name} on {recipe}: CA-LoRA",
+        checkpoint=saved, title=str(out),
     )  # fmt: skip
     activate(model, None)
-    alone = score()
-    best = history.best["score"]
+    best, alone = history.best["score"], score()
     trained.meta |= {"metrics": {"validation_accuracy": best, "validation_accuracy_lora_alone": alone}}
-    base = str(compressed(recipe))
-    with whole_directory(adapter("calora", name, recipe)) as scratch:
-        card = calora_card(task, base, inherited.meta["origin"], best, alone)
-        write_adapter(scratch, trained, base, card, torch.bfloat16)
-        write_json(scratch / "history.json", history.to_json())
+    card = calora_card(task, base, inherited.meta["origin"], best, alone)
     write_curves(results(name, recipe, "curves"), history)
+    write_adapter(out, trained, base, card, torch.bfloat16, {"history.json": history.to_json()})
     saved.clear()
 
 

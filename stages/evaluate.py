@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from calora.adapters import read_adapter
+from calora.adapters import lora_bytes, read_adapter
 from calora.artifacts import bytes_on_disk, read_json, whole_directory, write_json
 from calora.compressed import load
 from calora.metrics import mean_interval, paired_difference, recovered_share
@@ -16,7 +16,7 @@ from calora.recovery import activate
 from stages.common import adapter, compressed, results, run
 from stages.config import Params
 from stages.scoring import Scored, score_test
-from stages.training import read_task
+from stages.splits import read_task
 
 ADAPTERS = {"clm_inherited": "inherited", "clm_lora": "clm_lora", "clm_lora_qk": "clm_lora_qk", "clm_calora": "calora"}
 
@@ -34,8 +34,10 @@ def main(params: Params, name: str, recipe: str) -> None:
         model.set_adapter(method)
         if method == "clm_inherited":  # the adapter as it was trained on the LLM, without the bypass
             activate(model, None)
-        parameters = 0 if method == "clm_inherited" else read_adapter(path).parameters
-        methods[method] = score_test(model, task, tokenizer, params, method, size + bytes_on_disk(path), parameters)
+            own, parameters = lora_bytes(path), 0
+        else:
+            own, parameters = bytes_on_disk(path), read_adapter(path).parameters
+        methods[method] = score_test(model, task, tokenizer, params, method, size + own, parameters)
     answers = {method: {key: scored[key] for key in ("answers", "correct")} for method, scored in methods.items()}
     made_by = f"run `dvc repro distill@{name}-{recipe}`"
     curves = {

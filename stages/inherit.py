@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from calora.adapters import read_plain_lora, write_adapter
-from calora.artifacts import fingerprint, whole_directory, write_json
+from calora.artifacts import fingerprint
 from calora.cards import plain_card
 from calora.compressed import load
 from calora.errors import CaloraError
@@ -20,7 +20,7 @@ from calora.inheritance import inherit
 from calora.tasks import encode_all
 from stages.common import BASE, adapter, compressed, run, teacher
 from stages.config import Params
-from stages.training import read_split, read_task
+from stages.splits import read_split, read_task
 
 
 def main(params: Params, name: str, recipe: str) -> None:
@@ -45,11 +45,8 @@ def main(params: Params, name: str, recipe: str) -> None:
         targets=options.targets, rank=options.rank, activation=options.activation, start=options.start,
     )  # fmt: skip
     out = adapter("inherited", name, recipe)
-    with whole_directory(out) as scratch:
-        write_adapter(
-            scratch, inherited, str(compressed(recipe)), plain_card(task, str(compressed(recipe))), torch.bfloat16
-        )
-        write_json(scratch / "inherit.json", report)
+    base = str(compressed(recipe))
+    write_adapter(out, inherited, base, plain_card(task, base), torch.bfloat16, {"inherit.json": report})
     share = sum(report["bypass"].values()) / len(report["bypass"])
     print(f"{name} on {recipe}: {len(report['mapped'])} LoRA layers mapped, {len(report['bypass'])} bypasses;", end=" ")
     print(f"the start removes {share:.1%} of the weighted error")

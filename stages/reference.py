@@ -12,10 +12,10 @@ import torch
 from calora.adapters import attach_adapter, read_plain_lora, set_active
 from calora.artifacts import bytes_on_disk, write_json
 from calora.models import load_model, load_tokenizer
-from stages.common import BASE, SMALL, adapter, results, run, teacher
+from stages.common import BASE, SMALL, results, run, small_lora, teacher
 from stages.config import Params
 from stages.scoring import Scored, score_test
-from stages.training import read_task
+from stages.splits import read_task
 
 
 def main(params: Params, name: str) -> None:
@@ -29,7 +29,7 @@ def main(params: Params, name: str) -> None:
     size = bytes_on_disk(BASE) + bytes_on_disk(teacher(name))
     methods["llm_lora"] = score_test(model, task, tokenizer, params, "llm_lora", size, lora.parameters)
     if task.scored:
-        folder = adapter("small_lora", name, "")
+        folder = small_lora(name)
         small: Any = load_model(SMALL, torch.float32, labels=len(task.answers))
         trained = read_plain_lora(folder)
         attach_adapter(small, trained, name)

@@ -10,7 +10,7 @@ from calora.evaluate import correct, predict
 from calora.metrics import token_f1
 from calora.tasks import Task, encode_all
 from stages.config import Params
-from stages.training import read_split
+from stages.splits import read_split
 
 Scored = dict[str, Any]
 

@@ -5,76 +5,45 @@ Reads models/base, data/<task>; writes models/teacher/<task> (a plain PEFT LoRA)
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from calora.adapters import (
-    Adapter,
-    attach_adapter,
-    check_targets,
-    lora_config,
-    read_plain_lora,
-    set_active,
-    write_adapter,
-)
-from calora.artifacts import fingerprint, whole_directory, write_json
+from calora.adapters import attach_adapter, check_targets, lora_config, read_plain_lora, set_active, write_adapter
+from calora.artifacts import fingerprint, replace_directory
 from calora.cards import plain_card
-from calora.distillation import finetune
 from calora.errors import CaloraError
 from calora.models import load_model, load_tokenizer
 from calora.targets import write_targets
 from calora.tasks import Task, encode_all
-from calora.training import History
-from stages.common import BASE, run, targets, teacher
+from calora.training import Checkpoint
+from stages.common import BASE, CHECKPOINTS, run, targets, teacher
 from stages.config import Imported, Params
-from stages.training import checkpoint, read_split, read_task, schedule, scorer
+from stages.splits import read_split, read_task
+from stages.training import run_key, train_lora
 
 
 def main(params: Params, name: str) -> None:
     """The teacher of one task, and its targets."""
-    task, tokenizer = read_task(name), load_tokenizer(BASE)
+    task = read_task(name)
     imported = params.teacher.adapters.get(name)
-    if imported:
-        adapter, history, saved = read_imported(imported), History(), None
-    else:
-        adapter, history, saved = train_teacher(params, task, tokenizer)
-    with whole_directory(teacher(name)) as scratch:
-        write_adapter(scratch, adapter, str(BASE), plain_card(task, str(BASE)), torch.bfloat16)
-        write_json(scratch / "history.json", history.to_json())
-    # A fresh model: the targets come from the adapter as it was stored, in the dtype in which it was stored.
-    model = load_model(BASE, torch.bfloat16)
-    attach_adapter(model, read_plain_lora(teacher(name)), name)
-    set_active(model, name)
-    with whole_directory(targets(name)) as scratch:
-        for split in ("train", "unlabelled"):
-            examples = encode_all(task, tokenizer, read_split(name, split))
-            if examples:
-                write_targets(
-                    scratch / split, model, task, tokenizer, examples,
-                    params.train.eval_batch_size, params.teacher.top_k, f"{name}: targets of {split}",
-                )  # fmt: skip
+    saved = take_imported(task, imported) if imported else train_teacher(params, task)
+    store_targets(params, task)
     if saved:
         saved.clear()
 
 
-def train_teacher(params: Params, task: Task, tokenizer: Any) -> tuple[Adapter, History, Any]:
+def train_teacher(params: Params, task: Task) -> Checkpoint:
     """A LoRA trained on the labelled texts; the best one on validation."""
     model = load_model(BASE, torch.bfloat16, attention="eager")
     check_targets(model, params.teacher.targets, "teacher.targets")
     config = lora_config(params.teacher.rank, params.teacher.lora_alpha, params.teacher.targets)
-    saved = checkpoint(params, "teacher", task.name, [fingerprint(BASE), params.teacher.model_dump_json()])
-    adapter, history = finetune(
-        model, config, encode_all(task, tokenizer, read_split(task.name, "train")),
-        scorer(model, task, tokenizer, params),
-        batch_size=params.train.batch_size, schedule=schedule(params), seed=params.seed,
-        checkpoint=saved, title=f"{task.name}: teacher",
-    )  # fmt: skip
-    return adapter, history, saved
+    folder = teacher(task.name)
+    return train_lora(params, task, model, load_tokenizer(BASE), config, folder, BASE, fingerprint(BASE))
 
 
-def read_imported(imported: Imported) -> Adapter:
+def take_imported(task: Task, imported: Imported) -> None:
     """The user's own adapter, recognised by its fingerprint."""
     folder = Path(imported.path)
     adapter = read_plain_lora(folder, "name a folder that PEFT wrote")
@@ -83,7 +52,28 @@ def read_imported(imported: Imported) -> Adapter:
         raise CaloraError(
             folder, f"weights with fingerprint {imported.sha256}", found, "put that into teacher.adapters"
         )
-    return adapter
+    write_adapter(teacher(task.name), adapter, str(BASE), plain_card(task, str(BASE)), torch.bfloat16)
+
+
+def store_targets(params: Params, task: Task) -> None:
+    """The teacher's outputs, from the adapter as it was stored and in the dtype in which it was stored.
+
+    They are gathered where DVC removes nothing, so that an interrupted run goes on from its last shard.
+    """
+    model, tokenizer = load_model(BASE, torch.bfloat16), load_tokenizer(BASE)
+    attach_adapter(model, read_plain_lora(teacher(task.name)), task.name)
+    set_active(model, task.name)
+    key = run_key(params, task.name, fingerprint(BASE), fingerprint(teacher(task.name)), params.teacher.top_k)
+    unfinished = CHECKPOINTS / targets(task.name) / key
+    for split in ("train", "unlabelled"):
+        examples = encode_all(task, tokenizer, read_split(task.name, split))
+        if examples:
+            write_targets(
+                unfinished / split, model, task, tokenizer, examples,
+                params.train.eval_batch_size, params.teacher.top_k, f"{task.name}: targets of {split}",
+            )  # fmt: skip
+    replace_directory(unfinished, targets(task.name))
+    shutil.rmtree(CHECKPOINTS / targets(task.name))  # with what an earlier, abandoned run left there
 
 
 if __name__ == "__main__":

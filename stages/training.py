@@ -1,36 +1,31 @@
-"""What the training stages share: the schedule, the validation score, the checkpoint's key."""
+"""What the training stages share: the schedule, the validation score, checkpoints, and the plain LoRA."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
-from calora.artifacts import read_json, sha256
+from peft import LoraConfig
+
+from calora.adapters import write_adapter
+from calora.artifacts import sha256
+from calora.cards import plain_card
+from calora.distillation import finetune
 from calora.evaluate import correct, predict
-from calora.tasks import Task, encode_all, read_rows
+from calora.tasks import Task, encode_all
 from calora.training import Checkpoint, Schedule
 from stages.common import CHECKPOINTS, data
 from stages.config import Params
+from stages.splits import read_split
 
 
 def schedule(params: Params) -> Schedule:
     """The schedule of every training."""
     t = params.train
     return Schedule(t.steps, t.lr, t.warmup, t.clip, t.eval_every, t.checkpoint_seconds)
-
-
-def read_task(name: str) -> Task:
-    """The task that the download stage wrote."""
-    return Task.from_json(read_json(data(name) / "task.json", f"run `dvc repro download@{name}`"))
-
-
-def read_split(name: str, split: str) -> list[dict[str, Any]]:
-    """Rows of a split; only the unlabelled one may be empty."""
-    path = data(name) / f"{split}.jsonl"
-    if split == "unlabelled" and path.exists() and path.stat().st_size == 0:
-        return []
-    return read_rows(path, f"run `dvc repro download@{name}`")
 
 
 def scorer(model: Any, task: Task, tokenizer: Any, params: Params) -> Callable[[], float]:
@@ -44,13 +39,40 @@ def scorer(model: Any, task: Task, tokenizer: Any, params: Params) -> Callable[[
     return score
 
 
-def checkpoint(params: Params, *parts: str | Sequence[str]) -> Checkpoint:
-    """The checkpoint of one training; its key covers all that the result depends on, so a stale one is never used.
-
-    `parts` name the folder; the last one is a list of further inputs (fingerprints, parameters).
-    """
-    *path, inputs = parts
-    task = str(path[1])
+def run_key(params: Params, task: str, *inputs: object) -> str:
+    """A digest of all that a training depends on: its data, seed and schedule, and `inputs` (fingerprints, parameters)."""
     digests = [sha256(file) for file in sorted(data(task).glob("*.json*"))]
-    key = hashlib.sha256(repr((params.seed, params.train.model_dump_json(), digests, list(inputs))).encode())
-    return Checkpoint(CHECKPOINTS.joinpath(*map(str, path)), key.hexdigest())
+    return hashlib.sha256(repr((params.seed, params.train.model_dump_json(), digests, inputs)).encode()).hexdigest()
+
+
+def checkpoint(folder: Path, key: str) -> Checkpoint:
+    """Where the training of the adapter in `folder` saves itself; outside of what DVC removes when a stage starts."""
+    return Checkpoint(CHECKPOINTS / folder, key)
+
+
+def train_lora(
+    params: Params,
+    task: Task,
+    model: Any,
+    tokenizer: Any,
+    config: LoraConfig,
+    folder: Path,
+    base: Path,
+    base_fingerprint: str,
+    meta: Mapping[str, object] | None = None,
+) -> Checkpoint:
+    """Train a fresh LoRA on the labelled texts and write it, with its curves, to `folder`.
+
+    Returns:
+        The checkpoint of the finished training, for the caller to clear when its stage is done.
+    """
+    described = json.dumps(config.to_dict(), sort_keys=True, default=sorted)  # PEFT's targets are a set
+    saved = checkpoint(folder, run_key(params, task.name, base_fingerprint, described))
+    adapter, history = finetune(
+        model, config, encode_all(task, tokenizer, read_split(task.name, "train")), scorer(model, task, tokenizer, params),
+        batch_size=params.train.batch_size, schedule=schedule(params), seed=params.seed, checkpoint=saved, title=str(folder),
+    )  # fmt: skip
+    adapter.meta = dict(meta or {})
+    card = plain_card(task, str(base))
+    write_adapter(folder, adapter, str(base), card, model.dtype, {"history.json": history.to_json()})
+    return saved

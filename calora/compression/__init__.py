@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from calora.compression.nf4 import dense_nf4
 from calora.compression.prune import prune
@@ -22,7 +23,7 @@ Recipe = Sequence[Mapping[str, Mapping[str, Any]]]
 STEPS: dict[str, Step] = {"prune": prune, "quantize": quantize}
 
 
-def compress(model: Any, recipe: Recipe, calibration: Sequence[Example]) -> dict[str, Any]:
+def compress(model: PreTrainedModel, recipe: Recipe, calibration: Sequence[Example]) -> dict[str, Any]:
     """Compress `model` in place, step by step, and report what became of every tensor.
 
     Args:

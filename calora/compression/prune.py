@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from calora.calibrate import input_square_sums, linear_layers
 from calora.errors import CaloraError
@@ -23,7 +24,7 @@ def keep_2_4(score: Tensor) -> Tensor:
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, best, True).view_as(score)
 
 
-def prune(model: Any, options: dict[str, Any], calibration: Sequence[Example]) -> dict[str, nn.Module]:
+def prune(model: PreTrainedModel, options: dict[str, Any], calibration: Sequence[Example]) -> dict[str, nn.Module]:
     """Prune every linear layer of the blocks; returns the new layers by name.
 
     Options: `score` = `wanda`, |W_ij| * ||X_j||_2 (arXiv 2306.11695, eq. 1), or `magnitude`, |W_ij|; `pattern` = `2:4`.

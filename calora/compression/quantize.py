@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from calora.calibrate import linear_layers
 from calora.compression.nf4 import pack_nf4
@@ -17,7 +18,7 @@ LINEAR = ("int8", "nf4")
 EMBEDDINGS = ("int8", "none")
 
 
-def quantize(model: Any, options: dict[str, Any], calibration: Sequence[Example]) -> dict[str, nn.Module]:
+def quantize(model: PreTrainedModel, options: dict[str, Any], calibration: Sequence[Example]) -> dict[str, nn.Module]:
     """Quantise every linear layer of the blocks, and the embeddings if asked; returns the new layers by name.
 
     Options: `format` = `int8` (per output row, symmetric) or `nf4` (bitsandbytes, double quantisation);
@@ -46,7 +47,7 @@ def quantize(model: Any, options: dict[str, Any], calibration: Sequence[Example]
     return packed | (_embeddings(model) if embeddings == "int8" else {})
 
 
-def _embeddings(model: Any) -> dict[str, nn.Module]:
+def _embeddings(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Every table and head that shares the input table's weight, and an untied head, in int8."""
     table = model.get_input_embeddings()
     head = model.get_output_embeddings()

@@ -1,0 +1,74 @@
+"""Peak memory of distilling CA-LoRA against that of training a LoRA on the uncompressed base, each in its own process.
+
+`python -m benchmarks.memory` after `make run` (it reads models/ and data/movies). Each trains one epoch, so that it
+meets the longest texts, where a training peaks; the peak is the largest resident set of the process.
+"""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+
+import torch
+
+from calora.adapters import lora_config, read_adapter
+from calora.compressed import load
+from calora.distillation import distill, finetune
+from calora.models import load_model, load_tokenizer
+from calora.targets import Targets
+from calora.tasks import encode_all
+from calora.training import Schedule
+from stages.baseline import config_of
+from stages.common import BASE, adapter, compressed, targets
+from stages.config import load_params
+from stages.distill import weights
+from stages.splits import read_split, read_task
+
+TASK, RECIPE = "movies", "q8_up"
+METHODS = {
+    "lora_qk": "LoRA (q, k) on the uncompressed base",
+    "lora": "LoRA (equal budget) on the uncompressed base",
+    "distill": "CA-LoRA on the compressed base",
+}
+
+
+def train(method: str) -> float:
+    """MB of this process at its peak, after one epoch of `method`."""
+    params, task = load_params(), read_task(TASK)
+    tokenizer, size = load_tokenizer(BASE), params.train.batch_size
+    labelled, unlabelled = (encode_all(task, tokenizer, read_split(TASK, split)) for split in ("train", "unlabelled"))
+    epoch = -(-len(labelled) // size)
+    schedule = Schedule(
+        2 * epoch if method == "distill" else epoch, 5e-4, 10, 1.0, eval_every=0, checkpoint_seconds=1e9
+    )
+    options = {"batch_size": size, "schedule": schedule, "seed": 0, "title": method}
+    if method == "distill":
+        model = load(compressed(RECIPE), dense=True, attention="eager")
+        pools = [(pool, Targets(targets(TASK) / s)) for pool, s in ((labelled, "train"), (unlabelled, "unlabelled"))]
+        inherited = read_adapter(adapter("inherited", TASK, RECIPE))
+        distill(model, inherited, *pools, lambda: 0.0, weights(params), **options)
+    else:
+        model = load_model(BASE, torch.bfloat16, attention="eager")
+        config = config_of(params, "clm_lora") if method == "lora" else lora_config(32, 16, ["q_proj", "k_proj"])
+        finetune(model, config, labelled, lambda: 0.0, **options)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main() -> None:
+    """Each method in a process of its own, and the ratios."""
+    if len(sys.argv) > 1:
+        print(train(sys.argv[1]))
+        return
+    peaks = {}
+    for method, name in METHODS.items():
+        command = [sys.executable, "-m", "benchmarks.memory", method]
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        peaks[method] = float(output.splitlines()[-1])
+        print(f"{name}: {peaks[method]:.0f} MB", flush=True)
+    print(f"distill / LoRA (q, k): {peaks['distill'] / peaks['lora_qk']:.2f}")
+    print(f"distill / LoRA (equal budget): {peaks['distill'] / peaks['lora']:.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+"""Read what the download stage wrote: a task and its splits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from calora.artifacts import read_json
+from calora.tasks import Task, read_rows
+from stages.common import data
+
+
+def read_task(name: str) -> Task:
+    """The task that the download stage wrote."""
+    return Task.from_json(read_json(data(name) / "task.json", f"run `dvc repro download@{name}`"))
+
+
+def read_split(name: str, split: str) -> list[dict[str, Any]]:
+    """Rows of a split; only the unlabelled one may be empty."""
+    path = data(name) / f"{split}.jsonl"
+    if split == "unlabelled" and path.exists() and path.stat().st_size == 0:
+        return []
+    return read_rows(path, f"run `dvc repro download@{name}`")
