@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from calora.adapters import Adapter, attach_adapter
+from calora.adapters import Adapter, attach_adapter, set_active
 from calora.calibrate import input_second_moments, linear_layers
 from calora.compression import dense_weight
 from calora.errors import CaloraError
@@ -52,22 +52,21 @@ def map_lora(model: PreTrainedModel, lora: dict[str, Tensor]) -> dict[str, list[
 
 def inherit(
     model: PreTrainedModel,
+    reference: PreTrainedModel,
     teacher: Adapter,
-    reference: Callable[[str], Tensor],
     calibration: Sequence[Example],
     *,
     targets: Sequence[str],
     rank: int,
     activation: str,
     start: str,
-    name: str = "default",
 ) -> tuple[Adapter, dict[str, Any]]:
-    """The adapter that CA-LoRA starts from: the teacher's LoRA and an initialised bypass, both put on `model`.
+    """The adapter that CA-LoRA starts from: the teacher's LoRA and an initialised bypass.
 
     Args:
         model: the compressed model (packed or its dense view).
+        reference: the uncompressed model; the warm start puts the teacher's LoRA on it.
         teacher: the LoRA that was trained on the uncompressed model.
-        reference: layer name -> the uncompressed weight [out, in].
         calibration: examples of the task, whose inputs weigh the compression error.
         targets: last parts of the names of the layers that get a bypass.
         rank, activation: of the bypass; 1 <= rank <= the layer's width.
@@ -79,34 +78,59 @@ def inherit(
     """
     if start not in STARTS:
         raise CaloraError("inherit.start", f"one of {', '.join(STARTS)}", start, "mend params.yaml")
-    layers = {key: m for key, m in linear_layers(model).items() if key.rsplit(".", 1)[-1] in targets}
-    absent = sorted(set(targets) - {key.rsplit(".", 1)[-1] for key in layers})
-    if absent or not layers:
-        names = sorted({key.rsplit(".", 1)[-1] for key in linear_layers(model)})
-        raise CaloraError("inherit.targets", f"names among {', '.join(names)}", absent or "none", "mend params.yaml")
+    layers = bypassed_layers(model, targets)
     mapped = map_lora(model, teacher.lora)
-    removed: dict[str, float] = {}
-    recovery: dict[str, Tensor] = {}
+    recovery = random_bypasses(layers, rank, activation)
+    removed = dict.fromkeys(layers, 0.0)
+    if start == "weighted_error":
+        attach_adapter(reference, teacher, "teacher")
+        set_active(reference, "teacher")
+        for key, moment, error in weighted_errors(reference, layers, calibration):
+            p, q = best_linear_correction(error, moment, correction_rank(rank, activation))
+            recovery[f"{key}.down"], recovery[f"{key}.up"] = linear_as_bypass(p, q, activation, rank)
+            removed[key] = removed_share(error, (p @ q).T, moment)
+    meta = {**teacher.meta, "activation": activation}
+    return Adapter(teacher.config, teacher.lora, recovery, meta), {"mapped": mapped, "bypass": removed}
+
+
+def bypassed_layers(model: PreTrainedModel, targets: Sequence[str]) -> dict[str, nn.Linear]:
+    """The layers that get a bypass; raises `CaloraError` for a target that names none."""
+    layers = linear_layers(model)
+    names = {key.rsplit(".", 1)[-1] for key in layers}
+    absent = sorted(set(targets) - names)
+    if absent or not targets:
+        known = ", ".join(sorted(names))
+        raise CaloraError("inherit.targets", f"names among {known}", absent or "none", "mend params.yaml")
+    return {key: layer for key, layer in layers.items() if key.rsplit(".", 1)[-1] in targets}
+
+
+def random_bypasses(layers: Mapping[str, nn.Linear], rank: int, activation: str) -> dict[str, Tensor]:
+    """The paper's start: D random, U = 0."""
     generator = torch.Generator().manual_seed(0)
+    recovery: dict[str, Tensor] = {}
     for key, layer in layers.items():
         bypass = RecoveryBypass(layer.in_features, layer.out_features, rank, activation)
         with torch.no_grad():
             bypass.down.normal_(0, layer.in_features**-0.5, generator=generator)
         recovery[f"{key}.down"], recovery[f"{key}.up"] = bypass.down.detach(), bypass.up.detach()
-        removed[key] = 0.0
-    meta = {**teacher.meta, "activation": activation}
-    if start == "weighted_error":
-        # Inputs are taken with the inherited LoRA in place: what the bypass will see.
-        attach_adapter(model, Adapter(teacher.config, teacher.lora), name)
-        wanted = {
-            key: layer for key, layer in linear_layers(model).items() if key in layers
-        }  # now under PEFT's wrapping
-        moments = input_second_moments(model, calibration, wanted)
-        for key, moment in progress(moments, "warm start", "layers", len(layers)):
-            error = reference(key).float() - dense_weight(layers[key], torch.float32)
-            p, q = best_linear_correction(error, moment, correction_rank(rank, activation))
-            recovery[f"{key}.down"], recovery[f"{key}.up"] = linear_as_bypass(p, q, activation, rank)
-            rest = error - (p @ q).T
-            before, after = (float(((e @ moment) * e).sum()) for e in (error, rest))
-            removed[key] = round(1 - after / before, 4) if before > 0 else 0.0
-    return Adapter(teacher.config, teacher.lora, recovery, meta), {"mapped": mapped, "bypass": removed}
+    return recovery
+
+
+def weighted_errors(
+    reference: PreTrainedModel, layers: Mapping[str, nn.Linear], calibration: Sequence[Example]
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yield (layer, X^T X [in, in], E = W - W_c [out, in]).
+
+    X are the inputs that the *uncompressed* model sees: those of the compressed one have drifted, and a correction
+    that is fitted to them is far worse (docs/method.md has the figures).
+    """
+    whole = {key: layer for key, layer in linear_layers(reference).items() if key in layers}
+    moments = input_second_moments(reference, calibration, whole)
+    for key, moment in progress(moments, "warm start", "layers", len(layers)):
+        yield key, moment, whole[key].weight.detach().float() - dense_weight(layers[key], torch.float32)
+
+
+def removed_share(error: Tensor, correction: Tensor, moment: Tensor) -> float:
+    """1 - ||(E - T) X||^2 / ||E X||^2, 0 where there is no error."""
+    before, after = (float(((e @ moment) * e).sum()) for e in (error, error - correction))
+    return round(1 - after / before, 4) if before > 0 else 0.0

@@ -212,7 +212,7 @@ def load_model(
     """An uncompressed model from a local folder of safetensors, frozen and in eval mode.
 
     Args:
-        attention: `sdpa`, or `eager`, which trains faster on a CPU (bf16 SDPA has a slow backward there).
+        attention: `sdpa`, or `eager`, which is faster on a CPU with short texts (bf16 SDPA has a slow backward there).
         labels: if given, a classifier with that many labels is built on the encoder.
     """
     files = sorted(directory.glob("*.safetensors")) or [directory / "model.safetensors"]

@@ -33,5 +33,5 @@ def progress(items: Iterable[Any], title: str | None, unit: str, total: int | No
     """
     look: dict[str, Any] = {"dynamic_ncols": True}
     if not sys.stderr.isatty():
-        look = {"file": _Lines(), "mininterval": SECONDS, "delay": SECONDS, "bar_format": LINE}
+        look = {"file": _Lines(), "mininterval": SECONDS, "delay": SECONDS, "position": 0, "bar_format": LINE}
     return tqdm(items, desc=title, unit=unit, total=total, initial=done, disable=title is None, **look)

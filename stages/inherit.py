@@ -5,18 +5,14 @@ Reads models/base, models/teacher/<task>, models/compressed/<recipe>, data/<task
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
-from safetensors import safe_open
-from torch import Tensor
 
 from calora.adapters import read_plain_lora, write_adapter
 from calora.artifacts import fingerprint
 from calora.cards import plain_card
 from calora.compressed import load
-from calora.errors import CaloraError
 from calora.inheritance import inherit
+from calora.models import load_model
 from calora.tasks import encode_all
 from stages.common import BASE, adapter, compressed, run, teacher
 from stages.config import Params
@@ -26,7 +22,7 @@ from stages.splits import read_split, read_task
 def main(params: Params, name: str, recipe: str) -> None:
     """The adapter that distillation starts from."""
     task, options = read_task(name), params.inherit
-    model = load(compressed(recipe), dense=True)
+    model = load(compressed(recipe))
     origin = read_plain_lora(teacher(name))
     origin.meta = {
         "task": task.to_json(),
@@ -41,7 +37,7 @@ def main(params: Params, name: str, recipe: str) -> None:
     rows = read_split(name, "train")[: options.calibration_texts]
     calibration = encode_all(task, model.calora_tokenizer, rows)
     inherited, report = inherit(
-        model, origin, Weights(BASE), calibration,
+        model, load_model(BASE, torch.bfloat16), origin, calibration,
         targets=options.targets, rank=options.rank, activation=options.activation, start=options.start,
     )  # fmt: skip
     out = adapter("inherited", name, recipe)
@@ -50,20 +46,6 @@ def main(params: Params, name: str, recipe: str) -> None:
     share = sum(report["bypass"].values()) / len(report["bypass"])
     print(f"{name} on {recipe}: {len(report['mapped'])} LoRA layers mapped, {len(report['bypass'])} bypasses;", end=" ")
     print(f"the start removes {share:.1%} of the weighted error")
-
-
-class Weights:
-    """Uncompressed weights, read one at a time from a model folder."""
-
-    def __init__(self, directory: Path) -> None:
-        self.files = [safe_open(file, framework="pt") for file in sorted(directory.glob("*.safetensors"))]
-
-    def __call__(self, layer: str) -> Tensor:
-        for file in self.files:
-            if f"{layer}.weight" in file.keys():  # noqa: SIM118  (not a dict)
-                weight: Tensor = file.get_tensor(f"{layer}.weight")
-                return weight
-        raise CaloraError(BASE, f"a tensor {layer}.weight", "none of that name", "run `dvc repro base`")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from stages.splits import read_task
 def main(params: Params, name: str) -> None:
     """`llm`, `llm_lora` and, for a scored task, `small_lora`."""
     task, tokenizer = read_task(name), load_tokenizer(BASE)
-    model = load_model(BASE, torch.bfloat16)
+    model = load_model(BASE, torch.bfloat16, attention="eager")
     methods: dict[str, Scored] = {"llm": score_test(model, task, tokenizer, params, "llm", bytes_on_disk(BASE), 0)}
     lora = read_plain_lora(teacher(name))
     attach_adapter(model, lora, name)

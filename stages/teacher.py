@@ -60,7 +60,7 @@ def store_targets(params: Params, task: Task) -> None:
 
     They are gathered where DVC removes nothing, so that an interrupted run goes on from its last shard.
     """
-    model, tokenizer = load_model(BASE, torch.bfloat16), load_tokenizer(BASE)
+    model, tokenizer = load_model(BASE, torch.bfloat16, attention="eager"), load_tokenizer(BASE)
     attach_adapter(model, read_plain_lora(teacher(task.name)), task.name)
     set_active(model, task.name)
     key = run_key(params, task.name, fingerprint(BASE), fingerprint(teacher(task.name)), params.teacher.top_k)

@@ -14,7 +14,7 @@ STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 OURS = {"calora", "stages", "pipeline"}
 MAY_IMPORT = {
     "calora": {"calora", "torch", "transformers", "peft", "safetensors", "accelerate", "tqdm", "numpy"},
-    "stages": {"calora", "stages", "pydantic", "yaml", "torch", "transformers", "safetensors", "datasets", "huggingface_hub", "dvclive", "sklearn", "matplotlib", "peft"},
+    "stages": {"calora", "stages", "pydantic", "yaml", "torch", "transformers", "safetensors", "datasets", "huggingface_hub", "sklearn", "matplotlib", "peft"},
     "pipeline": {"pipeline", "dvc", "prefect", "yaml", "rich"},
 }  # fmt: skip
 

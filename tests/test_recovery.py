@@ -5,9 +5,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from calora.adapters import Adapter, inject, lora_config, lora_state
+from calora.calibrate import linear_layers
+from calora.compression import compress, dense_weight
 from calora.errors import CaloraError
+from calora.inheritance import inherit
+from calora.models import family_of, load_model
 from calora.packed import PackedLinear
 from calora.recovery import RecoveryBypass, activate, attach, recovery_state
+from calora.tasks import Example
 from calora.warmstart import best_linear_correction, linear_as_bypass
 
 
@@ -70,3 +76,31 @@ def test_correction_of_a_singular_moment_is_finite():
 def test_bad_bypass_is_refused(rank, activation):
     with pytest.raises(CaloraError, match="expected"):
         RecoveryBypass(16, 12, rank, activation)
+
+
+def test_the_warm_start_is_fitted_to_what_the_uncompressed_model_sees(toy, llama):
+    _, _, examples, compressed = toy
+    reference = load_model(llama, torch.bfloat16)
+    inject(reference, lora_config(4, 2, ["q_proj"]), "t")
+    generator = torch.Generator().manual_seed(0)
+    lora = {key: torch.randn(t.shape, generator=generator) * 0.1 for key, t in lora_state(reference, "t").items()}
+    teacher = Adapter(lora_config(4, 2, ["q_proj"]), lora)
+    compress(compressed, [{"prune": {"score": "magnitude", "pattern": "2:4"}}], examples)
+    whole = load_model(llama, torch.bfloat16)
+    adapter, report = inherit(
+        compressed, whole, teacher, examples, targets=["down_proj"], rank=4, activation="gelu", start="weighted_error"
+    )
+    seen = []
+    name = "model.layers.1.mlp.down_proj"
+    whole.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2).double()))
+    family = family_of(whole)
+    with torch.no_grad():
+        for example in examples:
+            family.forward(whole, family.collate([Example(example.prompt_ids)], whole), None)
+    x = torch.cat(seen)
+    error = (linear_layers(whole)[name].weight - dense_weight(linear_layers(compressed)[name], torch.bfloat16)).double()
+    down, up = (adapter.recovery[f"{name}.{part}"].double() for part in ("down", "up"))
+    rest = (x @ error.T - F.gelu(x @ down) @ up).norm()
+    best = torch.linalg.svdvals(x @ error.T)[2:].norm()  # what no map of rank 2 = 4 / 2 can remove
+    torch.testing.assert_close(rest, best, rtol=5e-3, atol=0.0)  # the inputs are bf16, batched in another way here
+    assert report["bypass"][name] == pytest.approx(1 - float(rest / (x @ error.T).norm()) ** 2, abs=5e-3)

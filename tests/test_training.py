@@ -9,7 +9,9 @@ from calora.batching import epoch_batches, equal_length_batches, length_batches
 from calora.distillation import answer_divergence, finetune, hidden_distance, task_loss, trainable
 from calora.errors import CaloraError
 from calora.evaluate import correct, predict
-from calora.models import family_of, load_model, load_tokenizer
+from calora.models import DecoderOnly, family_of, load_model, load_tokenizer
+from calora.progress import progress
+from calora.targets import Targets, write_targets
 from calora.tasks import encode_all
 from calora.training import Checkpoint, MasterWeights, Schedule
 from tests.conftest import TASK, toy_rows
@@ -132,3 +134,47 @@ def test_batches_use_each_index_once_an_epoch():
     plan = epoch_batches(lengths, 2, 8, seed=0)
     assert sorted(i for b in plan[:4] for i in b) == sorted(i for b in plan[4:] for i in b) == list(range(8))
     assert plan == epoch_batches(lengths, 2, 8, seed=0) != epoch_batches(lengths, 2, 8, seed=1)
+
+
+def test_targets_go_on_where_they_were_interrupted(toy, tmp_path, monkeypatch):
+    task, tokenizer, examples, model = toy
+    monkeypatch.setattr("calora.targets.SHARD_TOKENS", 60)
+    write_targets(tmp_path / "whole", model, task, tokenizer, examples, 4, 5, "whole")
+    shards = sorted((tmp_path / "whole").iterdir())
+    assert len(shards) > 2
+    forward, calls = DecoderOnly.forward, []
+
+    def failing(self, *args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return forward(self, *args)
+
+    monkeypatch.setattr(DecoderOnly, "forward", failing)
+    with pytest.raises(KeyboardInterrupt):
+        write_targets(tmp_path / "parts", model, task, tokenizer, examples, 4, 5, "parts")
+    done = len(list((tmp_path / "parts").iterdir()))
+    assert 0 < done < len(shards)
+    write_targets(tmp_path / "parts", model, task, tokenizer, examples, 4, 5, "parts")
+    assert len(calls) < 4 + 6  # the six batches of 24 examples were not all run again
+    assert [p.read_bytes() for p in sorted((tmp_path / "parts").iterdir())] == [p.read_bytes() for p in shards]
+    stored = Targets(tmp_path / "parts")
+    family = family_of(model)
+    batch = family.collate([examples[3], examples[0]], model)
+    with torch.no_grad():
+        output = family.forward(model, batch, torch.tensor(task.answer_token_ids(tokenizer)))
+    target = stored.read([3, 0])
+    # bf16: a batch of another shape rounds differently in its last bit
+    torch.testing.assert_close(target.logits, output.logits, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(
+        target.hidden["decoder"], output.hidden["decoder"][batch.masks["decoder"]], rtol=2e-2, atol=2e-2
+    )
+    with pytest.raises(CaloraError, match="teacher targets"):
+        stored.with_answers(examples[:-1])
+
+
+def test_progress_is_lines_where_there_is_no_terminal(capsys, monkeypatch):
+    monkeypatch.setattr("calora.progress.SECONDS", 0.0)
+    assert list(progress(range(3), "counting", "steps")) == [0, 1, 2]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("counting: 3 of 3 steps") and "\r" not in "".join(lines)
