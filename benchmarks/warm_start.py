@@ -1,0 +1,65 @@
+"""Which inputs should weigh the compression error? Validation accuracy before any training, on movies and q8_up.
+
+`python -m benchmarks.warm_start` after `make run`. The inputs come from the compressed or from the uncompressed model, each
+with the teacher's LoRA in place; the correction is linear, of rank 16 (what a GELU bypass of rank 32 holds) or 32.
+All validation documents are scored, not only those that the runs look at.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from calora.adapters import attach_adapter, read_plain_lora, set_active
+from calora.calibrate import input_second_moments, linear_layers
+from calora.compressed import load
+from calora.evaluate import correct, predict
+from calora.models import load_model, load_tokenizer
+from calora.tasks import encode_all
+from calora.warmstart import best_linear_correction
+from stages.common import BASE, compressed, teacher
+from stages.config import load_params
+from stages.corpora import split_pools
+from stages.splits import read_split, read_task
+
+TASK, RECIPE = "movies", "q8_up"
+
+
+def with_teacher(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with the teacher's LoRA switched on."""
+    attach_adapter(model, read_plain_lora(teacher(TASK)), "teacher")
+    set_active(model, "teacher")
+    return model
+
+
+def main() -> None:
+    """One line a variant."""
+    params, task, tokenizer = load_params(), read_task(TASK), load_tokenizer(BASE)
+    rows = [row for row in split_pools(params, params.data.sets[TASK], task)["validation"] if row["label"] is not None]
+    validation = encode_all(task, tokenizer, rows)
+    texts = encode_all(task, tokenizer, read_split(TASK, "train"))[: params.inherit.calibration_texts]
+    uncompressed = with_teacher(load_model(BASE, torch.bfloat16, attention="eager"))
+    model = with_teacher(load(compressed(RECIPE), dense=True, attention="eager"))
+    layers, whole = linear_layers(model), linear_layers(uncompressed)
+    weights = {key: layer.weight.detach().clone() for key, layer in layers.items()}
+
+    def accuracy() -> float:
+        hits = correct(predict(model, task, tokenizer, validation, 32), validation)
+        return sum(hits) / len(hits)
+
+    print(f"{len(validation)} validation texts; inherited LoRA alone: {accuracy():.3f}", flush=True)
+    moments = {
+        "compressed": dict(input_second_moments(model, texts, layers)),
+        "uncompressed": dict(input_second_moments(uncompressed, texts, whole)),
+    }
+    for rank in (16, 32):
+        for source, moment in moments.items():
+            for key, layer in layers.items():
+                error = whole[key].weight.float() - weights[key].float()
+                p, q = best_linear_correction(error, moment[key], rank)
+                layer.weight.data.copy_(weights[key].float() + (p @ q).T)
+            print(f"inputs of the {source} model, rank {rank}: {accuracy():.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
