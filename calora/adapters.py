@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from calora.artifacts import read_json, read_tensors, whole_directory, write_json, write_tensors, write_text
+from calora.artifacts import read_json, read_tensors, sha256, whole_directory, write_json, write_tensors, write_text
 from calora.calibrate import linear_layers
 from calora.errors import CaloraError
 from calora.recovery import RecoveryBypass, activate, attach, recovery_state
@@ -75,12 +75,24 @@ def lora_config(
     )
 
 
-def check_targets(model: nn.Module, targets: list[str], where: str) -> None:
-    """Raise unless each target is the last part of some linear layer's name."""
-    names = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
-    missing = [target for target in targets if target not in names]
+def check_targets(model: PreTrainedModel, targets: Sequence[str], rank: int, section: str) -> dict[str, nn.Linear]:
+    """The linear layers whose names end in one of `targets`.
+
+    Raises:
+        CaloraError: a target names no layer, or the rank is above the width of a layer.
+    """
+    layers = linear_layers(model)
+    names = {name.rsplit(".", 1)[-1] for name in layers}
+    missing = sorted(set(targets) - names)
     if missing or not targets:
-        raise CaloraError(where, f"names among {', '.join(names)}", missing or "none", f"change {where}")
+        known = ", ".join(sorted(names))
+        raise CaloraError(f"{section}.targets", f"names among {known}", missing or "none", "mend params.yaml")
+    chosen = {name: layer for name, layer in layers.items() if name.rsplit(".", 1)[-1] in targets}
+    for name, layer in chosen.items():
+        width = min(layer.in_features, layer.out_features)
+        if not 1 <= rank <= width:
+            raise CaloraError(f"{section}.rank", f"1 to {width}, the width of {name}", rank, "mend params.yaml")
+    return chosen
 
 
 def inject(model: nn.Module, config: LoraConfig, name: str = "default") -> None:
@@ -157,10 +169,12 @@ def write_adapter(
             if adapter.recovery:
                 config["calora"] = f"the recovery part is in {RECOVERY}: load this folder with calora to use it"
             write_json(scratch / CONFIG, config)
-            write_json(scratch / META, adapter.meta)
         write_tensors(scratch / LORA, {PREFIX + key: tensor.to(dtype) for key, tensor in adapter.lora.items()})
         if adapter.recovery:
             write_tensors(scratch / RECOVERY, {key: tensor.to(dtype) for key, tensor in adapter.recovery.items()})
+        if adapter.meta:
+            hashes = {file.name: sha256(file) for file in sorted(scratch.glob("*.safetensors"))}
+            write_json(scratch / META, {**adapter.meta, "sha256": hashes})
         write_text(scratch / "README.md", card)
         for name, note in (notes or {}).items():
             write_json(scratch / name, note)
@@ -184,11 +198,19 @@ def read_plain_lora(directory: Path, made_by: str = MADE_BY) -> Adapter:
 
 
 def read_adapter(directory: Path) -> Adapter:
-    """Read a CA-LoRA adapter folder: the LoRA, the recovery part if it has one, and calora.json."""
+    """Read a CA-LoRA adapter folder: the LoRA, the recovery part if it has one, and calora.json.
+
+    Raises:
+        CaloraError: a file is missing, truncated, or not the one that calora.json tells of.
+    """
     adapter = read_plain_lora(directory)
     adapter.meta = read_json(directory / META, MADE_BY)
     if adapter.meta.get("recovery"):
         adapter.recovery = read_tensors(directory / RECOVERY, MADE_BY)
+    for name, expected in adapter.meta.pop("sha256").items():
+        found = sha256(directory / name)
+        if found != expected:
+            raise CaloraError(directory / name, f"SHA-256 {expected}", found, f"it was edited: {MADE_BY}")
     return adapter
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from calora.adapters import Adapter, attach_adapter, set_active
+from calora.adapters import Adapter, attach_adapter, check_targets, set_active
 from calora.calibrate import input_second_moments, linear_layers
 from calora.compression import dense_weight
 from calora.errors import CaloraError
@@ -78,7 +78,7 @@ def inherit(
     """
     if start not in STARTS:
         raise CaloraError("inherit.start", f"one of {', '.join(STARTS)}", start, "mend params.yaml")
-    layers = bypassed_layers(model, targets)
+    layers = check_targets(model, targets, rank, "inherit")
     mapped = map_lora(model, teacher.lora)
     recovery = random_bypasses(layers, rank, activation)
     removed = dict.fromkeys(layers, 0.0)
@@ -91,17 +91,6 @@ def inherit(
             removed[key] = removed_share(error, (p @ q).T, moment)
     meta = {**teacher.meta, "activation": activation}
     return Adapter(teacher.config, teacher.lora, recovery, meta), {"mapped": mapped, "bypass": removed}
-
-
-def bypassed_layers(model: PreTrainedModel, targets: Sequence[str]) -> dict[str, nn.Linear]:
-    """The layers that get a bypass; raises `CaloraError` for a target that names none."""
-    layers = linear_layers(model)
-    names = {key.rsplit(".", 1)[-1] for key in layers}
-    absent = sorted(set(targets) - names)
-    if absent or not targets:
-        known = ", ".join(sorted(names))
-        raise CaloraError("inherit.targets", f"names among {known}", absent or "none", "mend params.yaml")
-    return {key: layer for key, layer in layers.items() if key.rsplit(".", 1)[-1] in targets}
 
 
 def random_bypasses(layers: Mapping[str, nn.Linear], rank: int, activation: str) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ def main(params: Params, name: str, recipe: str, method: str) -> None:
     task = read_task(name)
     model = load(compressed(recipe), dense=True, attention="eager")
     config = config_of(params, method)
-    check_targets(model, list(config.target_modules or []), "inherit.targets")
+    check_targets(model, list(config.target_modules or []), config.r, "inherit")
     meta = {
         "task": task.to_json(), "compressed_fingerprint": model.calora_fingerprint, "recipe": recipe, "recovery": False,
     }  # fmt: skip

@@ -37,7 +37,7 @@ def main(params: Params, name: str) -> None:
 def train_teacher(params: Params, task: Task) -> Checkpoint:
     """A LoRA trained on the labelled texts; the best one on validation."""
     model = load_model(BASE, torch.bfloat16, attention="eager")
-    check_targets(model, params.teacher.targets, "teacher.targets")
+    check_targets(model, params.teacher.targets, params.teacher.rank, "teacher")
     config = lora_config(params.teacher.rank, params.teacher.lora_alpha, params.teacher.targets)
     folder = teacher(task.name)
     return train_lora(params, task, model, load_tokenizer(BASE), config, folder, BASE, fingerprint(BASE))

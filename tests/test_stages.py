@@ -116,6 +116,20 @@ def test_load_swap_answer(project):
         model.set_adapter("other")
 
 
+def test_an_edited_adapter_is_refused(project, tmp_path):
+    edited = tmp_path / "edited"
+    shutil.copytree(project / "models/calora/toy/q8_up", edited)
+    file = edited / "recovery.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CaloraError, match=r"recovery\.safetensors: expected SHA-256"):
+        calora.load(project / "models/compressed/q8_up").load_adapter(edited, "toy")
+    file.write_bytes(content[:-9])
+    with pytest.raises(CaloraError, match="a whole safetensors file"):
+        calora.load(project / "models/compressed/q8_up").load_adapter(edited, "toy")
+
+
 def logits_of(model):
     family = family_of(model)
     batch = family.collate([Example([3, 5, 9]), Example([4, 12])], model)
