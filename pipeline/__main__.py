@@ -14,8 +14,8 @@ from rich.markdown import Markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE = {
-    "data": {"sizes": {"train": 160, "unlabelled": 80, "validation": 64, "test": 128}},
-    "train": {"steps": 10, "warmup": 2, "eval_every": 5},
+    "data": {"sizes": {"train": 96, "unlabelled": 48, "validation": 32, "test": 64}},
+    "train": {"steps": 6, "batch_size": 8, "warmup": 2, "eval_every": 6},
     "inherit": {"calibration_texts": 32},
     "compress": {"calibration": {"texts": 32}},
 }

@@ -81,17 +81,28 @@ def test_a_docstring_reruns_its_stage_at_most(project):
     assert ran(dvc(project, "repro")) == {"compress@q8", "compress@q8_up"}
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_a_killed_distillation_resumes_to_the_same_adapter(project, tmp_path, how):
+@pytest.mark.parametrize(
+    ("stage", "how", "made"),
+    [
+        (("distill", "toy", "q8_up"), signal.SIGINT, "models/calora/toy/q8_up/recovery.safetensors"),
+        (
+            ("baseline", "toy", "q8_up", "clm_lora"),
+            signal.SIGKILL,
+            "models/clm_lora/toy/q8_up/adapter_model.safetensors",
+        ),
+        (("teacher", "toy"), signal.SIGKILL, "models/teacher/toy/adapter_model.safetensors"),
+    ],
+)
+def test_a_killed_training_resumes_to_the_same_adapter(project, tmp_path, stage, how, made):
     folder = tmp_path / "p"
     shutil.copytree(project, folder, symlinks=True)
     change(folder, "train.steps", 60)
     change(folder, "train.eval_every", 60)
-    command = [sys.executable, "-m", "stages.distill", "toy", "q8_up"]
-    adapter = folder / "models/calora/toy/q8_up/recovery.safetensors"
-    shutil.rmtree(folder / "models/calora/toy/q8_up")
+    command = [sys.executable, "-m", f"stages.{stage[0]}", *stage[1:]]
+    adapter = folder / made
+    shutil.rmtree(adapter.parent)
     process = subprocess.Popen(command, cwd=folder, env=ENV, start_new_session=True)
-    saved = folder / "checkpoints/calora/toy/q8_up/checkpoint.safetensors"
+    saved = folder / "checkpoints" / adapter.parent.relative_to(folder) / "checkpoint.safetensors"
     deadline = time.monotonic() + 120
     while not saved.exists() and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -99,7 +110,7 @@ def test_a_killed_distillation_resumes_to_the_same_adapter(project, tmp_path, ho
     process.wait()
     assert saved.exists() and not adapter.exists()
     resumed = subprocess.run(command, cwd=folder, env=ENV, capture_output=True, text=True, check=True)
-    assert "resumes after step" in resumed.stdout + resumed.stderr
+    assert "resumes after step" in resumed.stdout
     first = sha256(adapter)
     assert not saved.exists()
     subprocess.run(command, cwd=folder, env=ENV, check=True, capture_output=True)
