@@ -1,7 +1,7 @@
 """Peak memory of distilling CA-LoRA against that of training a LoRA on the uncompressed base, each in its own process.
 
-`python -m benchmarks.memory` after `make run` (it reads models/ and data/movies). Each trains one epoch, so that it
-meets the longest texts, where a training peaks; the peak is the largest resident set of the process.
+`python -m benchmarks.memory` after `make run` (it reads models/ and data/movies). Each trains 10 steps on the longest
+texts of each split, where a training peaks; the peak is the largest resident set of the process.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -16,8 +18,8 @@ from calora.adapters import lora_config, read_adapter
 from calora.compressed import load
 from calora.distillation import distill, finetune
 from calora.models import load_model, load_tokenizer
-from calora.targets import Targets
-from calora.tasks import encode_all
+from calora.targets import Target, Targets
+from calora.tasks import Example, encode_all
 from calora.training import Schedule
 from stages.baseline import config_of
 from stages.common import BASE, adapter, compressed, targets
@@ -33,25 +35,40 @@ METHODS = {
 }
 
 
+class Chosen(Targets):
+    """The stored targets of some texts: index i here is the text `places[i]` there."""
+
+    def __init__(self, directory: Path, places: list[int]) -> None:
+        super().__init__(directory)
+        self.places = places
+
+    def with_answers(self, examples: Sequence[Example]) -> list[Example]:
+        return list(examples)
+
+    def read(self, indices: Sequence[int]) -> Target:
+        return super().read([self.places[i] for i in indices])
+
+
 def train(method: str) -> float:
-    """MB of this process at its peak, after one epoch of `method`."""
+    """MB of this process at its peak, after training on the longest texts by `method`."""
     params, task = load_params(), read_task(TASK)
     tokenizer, size = load_tokenizer(BASE), params.train.batch_size
-    labelled, unlabelled = (encode_all(task, tokenizer, read_split(TASK, split)) for split in ("train", "unlabelled"))
-    epoch = -(-len(labelled) // size)
-    schedule = Schedule(
-        2 * epoch if method == "distill" else epoch, 5e-4, 10, 1.0, eval_every=0, checkpoint_seconds=1e9
-    )
+    pools = {}
+    for split in ("train", "unlabelled"):
+        examples = encode_all(task, tokenizer, read_split(TASK, split))
+        places = sorted(range(len(examples)), key=lambda i: -examples[i].tokens)[: 5 * size]
+        pools[split] = ([examples[i] for i in places], places)
+    schedule = Schedule(10, 5e-4, 2, 1.0, eval_every=0, checkpoint_seconds=1e9)
     options = {"batch_size": size, "schedule": schedule, "seed": 0, "title": method}
     if method == "distill":
         model = load(compressed(RECIPE), dense=True, attention="eager")
-        pools = [(pool, Targets(targets(TASK) / s)) for pool, s in ((labelled, "train"), (unlabelled, "unlabelled"))]
+        stored = [(chosen, Chosen(targets(TASK) / split, places)) for split, (chosen, places) in pools.items()]
         inherited = read_adapter(adapter("inherited", TASK, RECIPE))
-        distill(model, inherited, *pools, lambda: 0.0, weights(params), **options)
+        distill(model, inherited, *stored, lambda: 0.0, weights(params), **options)
     else:
         model = load_model(BASE, torch.bfloat16, attention="eager")
         config = config_of(params, "clm_lora") if method == "lora" else lora_config(32, 16, ["q_proj", "k_proj"])
-        finetune(model, config, labelled, lambda: 0.0, **options)
+        finetune(model, config, pools["train"][0], lambda: 0.0, **options)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

@@ -88,10 +88,11 @@ def check_targets(model: PreTrainedModel, targets: Sequence[str], rank: int, sec
         known = ", ".join(sorted(names))
         raise CaloraError(f"{section}.targets", f"names among {known}", missing or "none", "mend params.yaml")
     chosen = {name: layer for name, layer in layers.items() if name.rsplit(".", 1)[-1] in targets}
-    for name, layer in chosen.items():
-        width = min(layer.in_features, layer.out_features)
-        if not 1 <= rank <= width:
-            raise CaloraError(f"{section}.rank", f"1 to {width}, the width of {name}", rank, "mend params.yaml")
+    widths = {name: min(layer.in_features, layer.out_features) for name, layer in chosen.items()}
+    narrowest = min(widths, key=widths.__getitem__)
+    if not 1 <= rank <= widths[narrowest]:
+        expected = f"1 to {widths[narrowest]}, the width of {narrowest}"
+        raise CaloraError(f"{section}.rank", expected, rank, "mend params.yaml")
     return chosen
 
 

@@ -12,7 +12,7 @@ from stages.config import Params
 from stages.splits import read_task
 from stages.training import train_lora
 
-TARGETS = ["query", "value"]  # BERT's names; PEFT's usual choice for it
+TARGETS = ["query", "key", "value", "dense"]  # every linear layer, by BERT's names
 
 
 def main(params: Params, name: str) -> None:
