@@ -14,13 +14,17 @@ from calora.artifacts import read_json, whole_directory, write_json, write_text
 from stages.common import adapter, results, run
 from stages.config import Params
 
-ORDER = ("llm", "llm_lora", "small_lora", "clm", "clm_inherited", "clm_lora_qk", "clm_lora", "clm_calora")
-LABELS = {
-    "llm": "LLM", "llm_lora": "LLM + LoRA (teacher)", "small_lora": "small model + LoRA", "clm": "CLM",
-    "clm_inherited": "CLM + inherited LoRA", "clm_lora_qk": "CLM + LoRA (q, k)",
-    "clm_lora": "CLM + LoRA (equal budget)", "clm_calora": "CLM + CA-LoRA",
-}  # fmt: skip
-COLOURS = {"clm_calora": "#0072B2", "clm_lora": "#E69F00", "clm_lora_qk": "#999999"}  # Okabe and Ito's palette
+# In the table's order: label, colour (Okabe and Ito's palette, safe for colour-blind readers) and marker.
+METHODS = {
+    "llm": ("LLM", "#56B4E9", "s"),
+    "llm_lora": ("LLM + LoRA (teacher)", "#009E73", "s"),
+    "small_lora": ("small model + LoRA", "#CC79A7", "^"),
+    "clm": ("CLM", "#000000", "v"),
+    "clm_inherited": ("CLM + inherited LoRA", "#D55E00", "D"),
+    "clm_lora_qk": ("CLM + LoRA (q, k)", "#999999", "P"),
+    "clm_lora": ("CLM + LoRA (equal budget)", "#E69F00", "o"),
+    "clm_calora": ("CLM + CA-LoRA", "#0072B2", "*"),
+}
 
 
 def main(params: Params) -> None:
@@ -60,12 +64,12 @@ def table(task: str, recipe: str, metrics: dict[str, Any]) -> str:
         f"### {task}, {recipe} ({metrics['test_items']} test items)", "",
         "| method | accuracy | 95 % interval | MB on disk | trainable |", "|---|---:|---|---:|---:|",
     ]  # fmt: skip
-    for method in ORDER:
+    for method, (label, _, _) in METHODS.items():
         if method in metrics["methods"]:
             m = metrics["methods"][method]
             interval = f"{m['ci'][0]:.3f} to {m['ci'][1]:.3f}"
             size, count = m["bytes_on_disk"] / 1e6, m["trainable_parameters"] / 1e6
-            lines.append(f"| {LABELS[method]} | {m['accuracy']:.3f} | {interval} | {size:.1f} | {count:.2f} M |")
+            lines.append(f"| {label} | {m['accuracy']:.3f} | {interval} | {size:.1f} | {count:.2f} M |")
     difference, share = metrics["difference"], metrics["recovered_share"]
     lines += [
         "",
@@ -81,14 +85,12 @@ def table(task: str, recipe: str, metrics: dict[str, Any]) -> str:
 def accuracy_against_bytes(metrics: dict[str, Any], title: str, path: Path) -> None:
     """Every method a point: megabytes on disk against accuracy, with its interval."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for method in ORDER:
+    for method, (label, colour, marker) in METHODS.items():
         if method in metrics["methods"]:
             m = metrics["methods"][method]
             size, accuracy = m["bytes_on_disk"] / 1e6, m["accuracy"]
             error = [[accuracy - m["ci"][0]], [m["ci"][1] - accuracy]]
-            axes.errorbar(
-                size, accuracy, yerr=error, fmt="o", capsize=3, label=LABELS[method], color=COLOURS.get(method)
-            )
+            axes.errorbar(size, accuracy, error, fmt=marker, ms=9, capsize=3, label=label, color=colour)
     axes.set(xlabel="MB on disk (base and adapter)", ylabel="test accuracy", title=title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -101,7 +103,8 @@ def convergence(curves: dict[str, Any], title: str, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for method, scores in curves.items():
         steps, accuracies = [s["step"] for s in scores], [s["score"] for s in scores]
-        axes.plot(steps, accuracies, "o-", label=LABELS[method], color=COLOURS[method])
+        label, colour, marker = METHODS[method]
+        axes.plot(steps, accuracies, marker=marker, ms=9, label=label, color=colour)
     axes.set(xlabel="step", ylabel="validation accuracy", title=title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
