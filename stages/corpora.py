@@ -14,7 +14,7 @@ from typing import Any
 from calora.errors import CaloraError
 from calora.tasks import Task
 from stages.config import Archive, DataSet, Files, HubData, Params, Scores
-from stages.sources import fetch, read_member
+from stages.sources import fetch, first_line, read_member
 
 Rows = list[dict[str, Any]]
 
@@ -106,10 +106,8 @@ def _read(source: Files | HubData, split: str) -> Iterable[dict[str, Any]]:
     except CaloraError:
         raise
     except Exception as error:  # datasets raises many kinds for "not reached", "no such split", "not parsed"
-        first = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise CaloraError(
-            f"{task_source(source)}, split {name}", "rows", first, "check the source in params.yaml"
-        ) from None
+        where = f"{task_source(source)}, split {name}"
+        raise CaloraError(where, "rows", first_line(error), "check the source in params.yaml") from None
 
 
 def task_source(source: Files | HubData) -> str:

@@ -70,6 +70,12 @@ def _explained(output: str, requirement: str, digest: str) -> CaloraError:
     )
 
 
+def first_line(error: Exception) -> str:
+    """What a library's error says first, short enough for one line; its kind where it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__
+
+
 def checked_member(name: str, archive: Path) -> None:
     """Raise if an archive member's path would climb out of the folder that it is unpacked into."""
     path = PurePosixPath(name.replace("\\", "/"))
