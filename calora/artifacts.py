@@ -100,6 +100,30 @@ def read_tensors(path: Path, made_by: str) -> dict[str, Tensor]:
     return load_file(path)
 
 
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors of an open safetensors file, each read (and given memory) when it is asked for."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.names = file, tuple(file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self.file.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@contextmanager
+def stored_tensors(path: Path) -> Iterator[StoredTensors]:
+    """Open a safetensors file that `check_tensors` found whole; what is not asked for takes no memory."""
+    with safe_open(path, framework="pt", backend="pread") as file:
+        yield StoredTensors(file)
+
+
 def check_tensors(path: Path, made_by: str) -> None:
     """Raise unless `path` is a readable safetensors file (its header is read, its data is not)."""
     if not path.exists():

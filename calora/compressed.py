@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,29 +10,34 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from calora.adapters import attach_adapter, read_adapter, set_active
-from calora.artifacts import fingerprint, read_json, read_tensors, whole_directory, write_json, write_tensors
-from calora.compression import dense_weight
-from calora.compression.nf4 import restore_nf4
+from calora.artifacts import check_tensors, fingerprint, read_json, read_tensors, stored_tensors, whole_directory, write_json, write_tensors
 from calora.errors import CaloraError
 from calora.evaluate import predict
+from calora.formats import quantization_config
+from calora.layout import build
 from calora.models import load_tokenizer, model_class
-from calora.packed import PackedEmbedding, PackedLinear
+from calora.origin import Origin
 from calora.tasks import Task, encode_all
 
 REPORT = "compression.json"
-WEIGHTS = "model.safetensors"
+WEIGHTS, KEPT = "model.safetensors", "kept.safetensors"
 MADE_BY = "run `dvc repro` to make the compressed model"
-CARRIED = ("config.json", "generation_config.json", "*token*", "*.model", "vocab*", "merges*", "chat_template*")
+SIZES = (
+    "d_ff", "intermediate_size", "num_layers", "num_decoder_layers", "num_hidden_layers", "head_dim",
+    "num_key_value_heads", "num_attention_heads", "layer_types",
+)  # fmt: skip
+CARRIED = ("generation_config.json", "*token*", "*.model", "vocab*", "merges*", "chat_template*")
 
 
 class Compressed(PreTrainedModel):
     """What `calora.load` makes of a transformers model: it takes adapters by name, and answers plain texts."""
 
     calora_fingerprint: str
+    calora_origin: Origin
     calora_tokenizer: PreTrainedTokenizerBase
     calora_tasks: dict[str, Task]
 
@@ -76,10 +82,11 @@ class Compressed(PreTrainedModel):
     calora_active: str | None = None
 
 
-def save(model: PreTrainedModel, report: dict[str, Any], directory: Path, base: Path) -> None:
+def save(model: PreTrainedModel, report: Mapping[str, Any], directory: Path, base: Path) -> None:
     """Write a compressed model: packed weights, compression.json, configuration and the base's tokenizer.
 
-    Tensors that are shared in memory (tied embeddings) are stored once.
+    Tensors that are shared in memory (tied embeddings) are stored once. What remains of the original's outputs and
+    inputs, where some were cut or moved, goes to kept.safetensors.
     """
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
@@ -90,11 +97,16 @@ def save(model: PreTrainedModel, report: dict[str, Any], directory: Path, base: 
             tensors[name] = tensor
         else:
             tied[name] = first
+    told = {**report, "tied": tied}
+    kept = told.pop("kept")
     with whole_directory(directory) as scratch:
         for pattern in CARRIED:
             for file in base.glob(pattern):
                 shutil.copyfile(file, scratch / file.name)
+        write_json(scratch / "config.json", {**json.loads((base / "config.json").read_text()), **sizes(model), "quantization_config": quantization_config(told)})
         write_tensors(scratch / WEIGHTS, tensors)
+        if kept:
+            write_tensors(scratch / KEPT, kept)
         stored = sum(file.stat().st_size for file in scratch.iterdir())
         total = {
             "bytes_base": sum(file.stat().st_size for file in base.iterdir() if file.is_file()),
@@ -102,7 +114,13 @@ def save(model: PreTrainedModel, report: dict[str, Any], directory: Path, base: 
             "base_fingerprint": fingerprint(base),
             "fingerprint": fingerprint(scratch),
         }
-        write_json(scratch / REPORT, {**total, **report, "tied": tied})
+        write_json(scratch / REPORT, {**total, **told})
+
+
+def sizes(model: PreTrainedModel) -> dict[str, Any]:
+    """The entries of config.json that a smaller model of the same kind needs."""
+    config = model.config.to_dict()
+    return {name: config[name] for name in SIZES if name in config}
 
 
 def load(path: str | Path, dense: bool = False, attention: str = "sdpa", device: str = "cpu") -> Compressed:
@@ -112,14 +130,14 @@ def load(path: str | Path, dense: bool = False, attention: str = "sdpa", device:
         path: a folder that the compress stage (or `calora.save`) wrote.
         dense: unpack every layer to the base's dtype: the same values, more memory, fast to train.
         attention: `sdpa`, or `eager` to train on a CPU.
-        device: where to put it; a packed layer computes where its input is.
+        device: where to put it; on a CPU packed layers take the form that its kernels compute with.
 
     Raises:
         CaloraError: a file is missing, truncated, or not the one that compression.json describes.
     """
     directory = Path(path)
     report = read_json(directory / REPORT, MADE_BY)
-    stored = read_tensors(directory / WEIGHTS, MADE_BY)
+    check_tensors(directory / WEIGHTS, MADE_BY)
     found = fingerprint(directory)
     if found != report["fingerprint"]:
         raise CaloraError(
@@ -127,18 +145,13 @@ def load(path: str | Path, dense: bool = False, attention: str = "sdpa", device:
         )
     config = AutoConfig.from_pretrained(directory, local_files_only=True)
     config._attn_implementation = attention
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     cls: Any = model_class(config, directory)
     with init_empty_weights(include_buffers=False):
         model = cls._from_config(config, dtype=config.dtype)
-    tensors = stored | {alias: stored[name] for alias, name in report["tied"].items()}
-    for name, entry in report["layers"].items():
-        prefix = f"{name}."
-        own = {key.removeprefix(prefix): tensors[key] for key in list(tensors) if key.startswith(prefix)}
-        layer = _restore(model.get_submodule(name), entry, config.dtype, own)
-        model.set_submodule(name, _dense(layer, config.dtype) if dense else layer)
-        for key in own:
-            del tensors[prefix + key]
-    model.load_state_dict(tensors, strict=False, assign=True)
+    with stored_tensors(directory / WEIGHTS) as tensors:
+        build(model, report["layers"], tensors, report["tied"], dense=dense, ready=not dense and device == "cpu")
     if dense:
         model.tie_weights()
     empty = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
@@ -146,31 +159,8 @@ def load(path: str | Path, dense: bool = False, attention: str = "sdpa", device:
         raise CaloraError(directory / WEIGHTS, f"a tensor {empty[0]}", "none", MADE_BY)
     model.__class__ = type(f"Compressed{cls.__name__}", (Compressed, cls), {})
     model.calora_fingerprint, model.calora_tasks = found, {}
+    kept = read_tensors(directory / KEPT, MADE_BY) if (directory / KEPT).exists() else {}
+    model.calora_origin = Origin(kept, report["layers_kept"])
     model.calora_tokenizer = load_tokenizer(directory)
     loaded: Compressed = model.to(device).eval().requires_grad_(False)
     return loaded
-
-
-def _restore(empty: nn.Module, entry: Mapping[str, Any], dtype: torch.dtype, tensors: dict[str, Tensor]) -> nn.Module:
-    if entry["kind"] == "nf4":
-        layer: nn.Module = restore_nf4(entry["in"], entry["out"], dtype, tensors)
-        return layer
-    if entry["kind"] == "embedding":
-        padding = empty.padding_idx if isinstance(empty, nn.Embedding) else None
-        layer = PackedEmbedding(entry["rows"], entry["width"], padding, dtype)
-    else:
-        layer = PackedLinear(entry["in"], entry["out"], entry["bias"], entry["pattern"], entry["format"], dtype)
-    layer.load_state_dict(tensors, strict=True, assign=True)
-    return layer.requires_grad_(False)
-
-
-def _dense(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
-    weight = nn.Parameter(dense_weight(layer, dtype), requires_grad=False)
-    if isinstance(layer, nn.Embedding):
-        rows, width = weight.shape
-        return nn.Embedding(rows, width, padding_idx=layer.padding_idx, _weight=weight)
-    assert isinstance(layer, nn.Linear)
-    with torch.device("meta"):
-        dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, dtype=dtype)
-    dense.weight, dense.bias = weight, layer.bias
-    return dense

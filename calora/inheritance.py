@@ -9,45 +9,58 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from calora.adapters import Adapter, attach_adapter, check_targets, set_active
+from peft import LoraConfig
+from calora.adapters import Adapter, attach_adapter, check_targets, lora_config, lora_scale, set_active
 from calora.calibrate import input_second_moments, linear_layers
-from calora.compression import dense_weight
 from calora.errors import CaloraError
+from calora.layout import dense_weight
+from calora.leastsquares import compensated
+from calora.origin import Origin
 from calora.progress import progress
 from calora.recovery import RecoveryBypass
 from calora.tasks import Example
 from calora.warmstart import best_linear_correction, correction_rank, linear_as_bypass
 
 STARTS = ("weighted_error", "zero")
+WHOLE = Origin()
 
 
-def map_lora(model: PreTrainedModel, lora: dict[str, Tensor]) -> dict[str, list[int]]:
-    """Check that every LoRA tensor fits a layer of `model`; returns layer -> [in, out] of all that were mapped.
+def carry_lora(model: PreTrainedModel, teacher: Adapter, origin: Origin) -> tuple[Adapter, dict[str, Any]]:
+    """The teacher's LoRA in the shape of the compressed model.
+
+    Returns:
+        The adapter, and `mapped` (layer -> [in, out] of all that were mapped), `sliced` (layer -> the original's
+        [in, out] of those that lost some), `dropped` (tensors of layers that were cut).
 
     Raises:
         CaloraError: a layer is not there, an A or B is missing, or a width differs.
     """
     layers = linear_layers(model)
+    lora, dropped = origin.carry(teacher.lora, layers)
     mapped: dict[str, list[int]] = {}
-    for key in lora:
-        layer, _, part = key.partition(".lora_")
-        if layer not in layers or part not in ("A.weight", "B.weight"):
-            raise CaloraError(
-                f"inherited tensor {key}",
-                "a linear layer of the compressed base",
-                "none of that name",
-                "use an adapter of this base",
-            )
-        pair = [lora.get(f"{layer}.lora_A.weight"), lora.get(f"{layer}.lora_B.weight")]
-        if pair[0] is None or pair[1] is None:
-            raise CaloraError(
-                f"inherited layer {layer}", "both lora_A and lora_B", "one of them", "retrain the adapter"
-            )
-        have, want = [pair[0].shape[1], pair[1].shape[0]], [layers[layer].in_features, layers[layer].out_features]
+    sliced: dict[str, list[int]] = {}
+    for layer in sorted({key.partition(".lora_")[0] for key in lora}):
+        have = [lora[f"{layer}.lora_A.weight"].shape[1], lora[f"{layer}.lora_B.weight"].shape[0]]
+        want = [layers[layer].in_features, layers[layer].out_features]
         if have != want:
             raise CaloraError(f"inherited layer {layer}", f"in, out = {want}", have, "use an adapter of this base")
         mapped[layer] = want
-    return mapped
+        source = origin.source(layer)
+        had = [teacher.lora[f"{source}.lora_A.weight"].shape[1], teacher.lora[f"{source}.lora_B.weight"].shape[0]]
+        if had != want:
+            sliced[layer] = had
+    config = teacher.config if not origin.layers else _renumbered(teacher.config, mapped, lora, origin)
+    return Adapter(config, lora, {}, dict(teacher.meta)), {"mapped": mapped, "sliced": sliced, "dropped": dropped}
+
+
+def _renumbered(config: LoraConfig, mapped: Mapping[str, Any], lora: Mapping[str, Tensor], origin: Origin) -> LoraConfig:
+    """The configuration with every layer by its new name: patterns of the old one may name layers by number."""
+    ranks = {layer: lora[f"{layer}.lora_A.weight"].shape[0] for layer in mapped}
+    scales = {layer: lora_scale(config, origin.source(layer)) for layer in mapped}
+    made = lora_config(config.r, config.lora_alpha, sorted(mapped))
+    made.rank_pattern = dict(ranks)
+    made.alpha_pattern = {layer: scales[layer] * rank for layer, rank in ranks.items()}
+    return made
 
 
 def inherit(
@@ -60,6 +73,7 @@ def inherit(
     rank: int,
     activation: str,
     start: str,
+    origin: Origin = WHOLE,
 ) -> tuple[Adapter, dict[str, Any]]:
     """The adapter that CA-LoRA starts from: the teacher's LoRA and an initialised bypass.
 
@@ -70,27 +84,30 @@ def inherit(
         calibration: examples of the task, whose inputs weigh the compression error.
         targets: last parts of the names of the layers that get a bypass.
         rank, activation: of the bypass; 1 <= rank <= the layer's width.
+        origin: where the compressed model's layers come from, if some were cut or reordered.
         start: `weighted_error` (the exact linear warm start), or `zero` (the paper's: U = 0, an exact no-op).
 
     Returns:
-        The adapter, and a report: `mapped` (layer -> [in, out]) and `bypass` (layer -> share of the weighted error
+        The adapter, and a report: what `carry_lora` says, and `bypass` (layer -> share of the weighted error
         ||E X||^2 that the warm start removes, 0 for `zero`).
     """
     if start not in STARTS:
         raise CaloraError("inherit.start", f"one of {', '.join(STARTS)}", start, "mend params.yaml")
     layers = check_targets(model, targets, rank, "inherit")
-    mapped = map_lora(model, teacher.lora)
+    adapter, report = carry_lora(model, teacher, origin)
     recovery = random_bypasses(layers, rank, activation)
     removed = dict.fromkeys(layers, 0.0)
     if start == "weighted_error":
         attach_adapter(reference, teacher, "teacher")
         set_active(reference, "teacher")
-        for key, moment, error in weighted_errors(reference, layers, calibration):
+        for key, moment, error in weighted_errors(reference, layers, origin, calibration):
+            if not bool(error.any()):
+                continue  # nothing to correct: a zero start in both factors could never learn
             p, q = best_linear_correction(error, moment, correction_rank(rank, activation))
             recovery[f"{key}.down"], recovery[f"{key}.up"] = linear_as_bypass(p, q, activation, rank)
             removed[key] = removed_share(error, (p @ q).T, moment)
     meta = {**teacher.meta, "activation": activation}
-    return Adapter(teacher.config, teacher.lora, recovery, meta), {"mapped": mapped, "bypass": removed}
+    return Adapter(adapter.config, adapter.lora, recovery, meta), {**report, "bypass": removed}
 
 
 def random_bypasses(layers: Mapping[str, nn.Linear], rank: int, activation: str) -> dict[str, Tensor]:
@@ -106,17 +123,22 @@ def random_bypasses(layers: Mapping[str, nn.Linear], rank: int, activation: str)
 
 
 def weighted_errors(
-    reference: PreTrainedModel, layers: Mapping[str, nn.Linear], calibration: Sequence[Example]
+    reference: PreTrainedModel, layers: Mapping[str, nn.Linear], origin: Origin, calibration: Sequence[Example]
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield (layer, X^T X [in, in], E = W - W_c [out, in]).
+    """Yield (layer, X^T X [in, in], E = W - W_c [out, in]), in the shape of the compressed layer.
 
     X are the inputs that the *uncompressed* model sees: those of the compressed one have drifted, and a correction
-    that is fitted to them is far worse (docs/method.md has the figures).
+    that is fitted to them is far worse (docs/method.md has the figures). Where inputs were cut, W is the best that the
+    remaining ones can do.
     """
-    whole = {key: layer for key, layer in linear_layers(reference).items() if key in layers}
-    moments = input_second_moments(reference, calibration, whole)
-    for key, moment in progress(moments, "warm start", "layers", len(layers)):
-        yield key, moment, whole[key].weight.detach().float() - dense_weight(layers[key], torch.float32)
+    whole, names = linear_layers(reference), {origin.source(key): key for key in layers}
+    moments = input_second_moments(reference, calibration, {source: whole[source] for source in names})
+    for source, moment in progress(moments, "warm start", "layers", len(layers)):
+        key = names[source]
+        weight, columns = origin.slice_rows(key, whole[source].weight.detach().float()), origin.columns(key)
+        if columns is not None:
+            weight, moment = compensated(weight, moment, columns), moment[columns][:, columns]
+        yield key, moment, weight - dense_weight(layers[key], torch.float32)
 
 
 def removed_share(error: Tensor, correction: Tensor, moment: Tensor) -> float:

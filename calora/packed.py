@@ -1,136 +1,249 @@
-"""Linear and embedding layers whose weight stays packed: int8 codes, kept values of 2:4 groups, or both."""
+"""Linear and embedding layers whose weight stays packed: int8 or int4 codes, the kept values of a sparse pattern, or both."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from calora.errors import CaloraError
+from calora.codes import (
+    Grid,
+    fit_grid,
+    pack_mask,
+    pack_nibbles,
+    pack_words,
+    unpack_mask,
+    unpack_nibbles,
+    unpack_words,
+)
 
-PATTERNS = ("dense", "2:4")
-FORMATS = ("native", "int8")  # native: the dtype of the base
+FEW_ROWS = 16  # up to here torch's int8 kernel beats unpacking the weight for a bf16 product (2 cores, AVX-512)
+BITS = {"int8": 8, "int4": 4}
 
 
-def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric per-row int8: w ~ code * scale, scale = max|w| / 127. [out, in] -> (int8 [out, in], fp32 [out, 1])."""
-    weight = weight.float()
-    largest = weight.abs().amax(dim=1, keepdim=True)
-    scale = torch.where(largest > 0, largest / 127, torch.ones_like(largest))
-    return (weight / scale).round().clamp(-127, 127).to(torch.int8), scale
+@dataclass(frozen=True)
+class Packing:
+    """How a weight is stored.
 
-
-def pack_2_4(weight: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Kept values [out, in/2] and their 2-bit positions, four to a byte, uint8 [out, ceil(in/8)].
-
-    `keep` [out, in] is True at exactly two of every four consecutive inputs.
+    Args:
+        format: `native` (the dtype of the base), `int8` or `int4`.
+        sparse: only the kept values are stored, with one bit a weight that says which they are.
+        group: inputs that share a scale; the whole row for int8.
+        symmetric: whether the grid is symmetric about 0.
+        outliers: number of input columns kept in the dtype of the base (LLM.int8, arXiv 2208.07339).
     """
-    rows, width = weight.shape
-    if width % 4:
-        raise CaloraError("2:4 packing", "an input width divisible by 4", width, "leave this layer out of the recipe")
-    groups = keep.view(rows, width // 4, 4)
-    if not bool((groups.sum(-1) == 2).all()):
-        raise CaloraError("2:4 packing", "two kept weights in each group of four", "another count", "prune to 2:4")
-    places = groups.nonzero()[:, 2].view(rows, width // 2)  # in order, so two a group
-    values = weight.gather(1, places + torch.arange(width // 4).repeat_interleave(2) * 4)
-    padded = F.pad(places, (0, -places.shape[1] % 4)).view(rows, -1, 4)
-    positions = (padded << torch.tensor([0, 2, 4, 6])).sum(-1).to(torch.uint8)
-    return values, positions
 
-
-def unpack_positions(positions: Tensor, kept: int) -> Tensor:
-    """uint8 [out, ceil(kept/4)] -> position of each kept value within its group of four, int64 [out, kept]."""
-    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)
-    return ((positions.unsqueeze(-1) >> shifts) & 3).flatten(1)[:, :kept].long()
+    format: str
+    sparse: bool = False
+    group: int = 0
+    symmetric: bool = True
+    outliers: int = 0
 
 
 class PackedLinear(nn.Linear):
-    """y = x W^T + b with W stored packed; the dense W exists only within one forward call.
+    """y = x W^T + b with W stored packed; where a kernel is missing, the dense W exists within one forward call only.
 
-    Args:
-        in_features, out_features, bias: as in `nn.Linear`.
-        pattern: `dense`, or `2:4` (two of every four consecutive inputs kept).
-        format: `native` (kept values in `dtype`) or `int8` (codes and one fp32 scale an output row).
-        dtype: dtype of the bias, and of the kept values where they are native.
+    Make one with `pack` (from a dense layer) or `restore` (from stored tensors). `tensors()` are what is stored.
     """
 
-    scale: Tensor | None
-    positions: Tensor | None
-
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool, pattern: str, format: str, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, packing: Packing, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.pattern, self.format = in_features, out_features, pattern, format
-        kept = in_features // 2 if pattern == "2:4" else in_features
-        values = torch.empty(out_features, kept, dtype=torch.int8 if format == "int8" else dtype)
-        self.weight = nn.Parameter(values, requires_grad=False)
-        self.register_buffer("scale", torch.empty(out_features, 1) if format == "int8" else None)
-        positions = torch.empty(out_features, -(-kept // 4), dtype=torch.uint8) if pattern == "2:4" else None
-        self.register_buffer("positions", positions)
+        self.in_features, self.out_features, self.packing, self.dtype = in_features, out_features, packing, dtype
+        self.kernel: tuple[Tensor, ...] = ()  # int4: the layout and scales of torch's kernel
+        self.register_parameter("weight", None)
         self.register_parameter("bias", None)
-        if bias:
-            self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False)
 
     @classmethod
-    def pack(cls, layer: nn.Linear, keep: Tensor | None, format: str) -> PackedLinear:
-        """Pack a dense layer. `keep` [out, in] marks its 2:4 pattern; None keeps all weights."""
-        weight = layer.weight.detach()
-        pattern = "dense" if keep is None else "2:4"
-        packed = cls(layer.in_features, layer.out_features, layer.bias is not None, pattern, format, layer.weight.dtype)
+    def pack(
+        cls,
+        layer: nn.Linear,
+        packing: Packing,
+        *,
+        weight: Tensor | None = None,
+        keep: Tensor | None = None,
+        grid: Grid | None = None,
+        outliers: Tensor | None = None,
+    ) -> PackedLinear:
+        """Pack a dense layer.
+
+        Args:
+            weight: values [out, in] to store instead of the layer's own.
+            keep: bool [out, in], the pattern of a sparse packing.
+            grid: of a quantised packing.
+            outliers: indices of the columns that stay in the base's dtype.
+        """
+        dense = (layer.weight if weight is None else weight).detach()
+        made = cls(layer.in_features, layer.out_features, packing, layer.weight.dtype)
+        tensors: dict[str, Tensor] = {} if layer.bias is None else {"bias": layer.bias.detach()}
+        if outliers is not None:
+            tensors |= {"outlier_columns": outliers.int(), "outlier_weight": dense[:, outliers].to(made.dtype)}
+            dense = dense.clone().index_fill_(1, outliers, 0)
         if keep is not None:
-            weight, packed.positions = pack_2_4(weight, keep)
-        if layer.bias is not None:
-            packed.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
-        packed._store(weight)
-        return packed
+            tensors["mask"] = pack_mask(keep)
+        if grid is None:
+            values = dense.to(made.dtype)
+            tensors["weight"] = values if keep is None else values[keep]
+        else:
+            codes = grid.encode(dense)
+            tensors |= {"weight_scale": grid.scale} | _pack_codes(codes if keep is None else codes[keep], packing)
+            if grid.zero is not None:
+                tensors["weight_zero_point"] = pack_words(grid.zero.T.contiguous()).T.contiguous()
+        return made.restore(tensors)
 
-    def quantize(self) -> PackedLinear:
-        """The same layer with its kept values in int8."""
-        packed = PackedLinear(
-            self.in_features, self.out_features, self.bias is not None, self.pattern, "int8", self.weight.dtype
-        )
-        packed.positions, packed.bias = self.positions, self.bias
-        packed._store(self.weight.detach())
-        return packed
+    def restore(self, tensors: Mapping[str, Tensor]) -> PackedLinear:
+        """Take stored tensors; the inverse of `tensors()`."""
+        for name, tensor in tensors.items():
+            if name in ("weight", "bias"):
+                setattr(self, name, nn.Parameter(aligned(tensor), requires_grad=False))
+            else:
+                self.register_buffer(name, tensor)
+        return self
 
-    def _store(self, values: Tensor) -> None:
-        if self.format == "int8":
-            values, self.scale = quantize_int8(values)
-        self.weight = nn.Parameter(values, requires_grad=False)
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored, by name."""
+        return dict(self.state_dict())
+
+    def describe(self) -> dict[str, Any]:
+        """What is needed, besides its tensors, to make the layer again."""
+        return {"in": self.in_features, "out": self.out_features, **asdict(self.packing)}
+
+    @property
+    def keep(self) -> Tensor | None:
+        """The pattern, bool [out, in], of a sparse layer."""
+        return unpack_mask(self.get_buffer("mask"), self.in_features) if self.packing.sparse else None
+
+    @property
+    def grid(self) -> Grid:
+        """The grid of a quantised layer."""
+        zero: Tensor | None = getattr(self, "weight_zero_point", None)
+        scale = self.get_buffer("weight_scale")
+        if zero is not None:
+            zero = unpack_words(zero.T, self.out_features).T
+        return Grid(scale, zero, BITS[self.packing.format])
+
+    def codes(self) -> Tensor:
+        """int8 [out, in] of a quantised layer, the code of 0 where nothing was kept."""
+        shape, keep = (self.out_features, self.in_features), self.keep
+        count = self.in_features if keep is None else int(keep.sum())
+        if self.packing.format == "int8":
+            kept = self.weight.detach()
+        elif keep is None:
+            kept = unpack_words(self.get_buffer("weight_packed"), count)
+        else:
+            kept = unpack_nibbles(self.get_buffer("weight_packed"), count)
+        if keep is None:
+            return kept
+        zero = self.grid.encode(torch.zeros(shape, device=kept.device))
+        return zero.masked_scatter_(keep, kept)
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         """W [out, in] in `dtype`: the dense view of the same values."""
-        values = self.weight.detach()
-        if self.scale is not None:
-            values = values * self.scale
-        values = values.to(dtype)
-        if self.positions is None:
-            return values
-        rows, kept = values.shape
-        places = unpack_positions(self.positions, kept).view(rows, -1, 2)
-        dense = torch.zeros(rows, kept // 2, 4, dtype=dtype)
-        return dense.scatter_(2, places, values.view(rows, -1, 2)).view(rows, kept * 2)
+        if self.kernel:  # torch's own layout: its product with the identity is W^T, exactly
+            eye = torch.eye(self.in_features, dtype=self.dtype)
+            return self._int4(eye).T.contiguous().to(dtype)
+        keep = self.keep
+        if self.packing.format != "native":
+            weight = self.grid.decode(self.codes()).to(self.dtype).to(dtype)
+        else:
+            weight = self.weight.detach().to(dtype)
+            if keep is not None:
+                weight = torch.zeros(keep.shape, dtype=dtype, device=weight.device).masked_scatter_(keep, weight)
+        if self.packing.outliers:
+            weight[:, self.get_buffer("outlier_columns")] = self.get_buffer("outlier_weight").to(dtype)
+        return weight
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows `ids` of W [len(ids), in]; only a dense pattern can be read by rows."""
-        values = self.weight.detach()[ids]
-        return (values if self.scale is None else values * self.scale[ids]).to(dtype)
+        """Rows `ids` of W [len(ids), in]; only a dense int8 weight can be read by rows."""
+        return (self.weight.detach()[ids].float() * self.get_buffer("weight_scale")[ids].float()).to(dtype)
+
+    def prepare(self) -> None:
+        """Change to the form that a CPU computes with fastest: dense int8 codes, or torch's int4 layout.
+
+        Sparse codes are filled up with zeros: a CPU has no kernel for them. The stored form is given up.
+        """
+        packing = self.packing
+        if packing.format == "int8" and not packing.sparse:
+            self.weight = nn.Parameter(aligned(self.weight.detach()), requires_grad=False)
+        if self.dtype != torch.bfloat16 or packing.format == "native":
+            return
+        if packing.format == "int8":
+            if packing.sparse:
+                self.weight = nn.Parameter(self.codes(), requires_grad=False)
+                self.packing = replace(packing, sparse=False)
+                del self.mask
+            return
+        if self.in_features % 2 or self.out_features % 16 or packing.group not in (32, 64, 128, 256):
+            return
+        grid = self.grid
+        layout = torch._convert_weight_to_int4pack_for_cpu((self.codes() + 8).int(), 1)
+        scale = grid.scale.T
+        shift = torch.zeros_like(scale) if grid.zero is None else -(grid.zero.T.float() * scale.float()).to(scale.dtype)
+        self.kernel = (layout, torch.stack([scale, shift], dim=-1).contiguous())
+        for name in list(self._buffers):
+            delattr(self, name)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], computed in the dtype of `x`."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.dense_weight(x.dtype), bias)
+        if self.kernel and x.dtype == torch.bfloat16:
+            out = self._int4(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+        elif self.packing.format == "int8" and not self.packing.sparse:
+            out = self._int8(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+        else:
+            return F.linear(x, self.dense_weight(x.dtype), bias)
+        return out if bias is None else out + bias
+
+    def _int4(self, x: Tensor) -> Tensor:
+        layout, scales = self.kernel
+        return torch._weight_int4pack_mm_for_cpu(x.contiguous(), layout, self.packing.group, scales)
+
+    def _int8(self, x: Tensor) -> Tensor:
+        codes, scale = self.weight, self.get_buffer("weight_scale").to(x.dtype).flatten()
+        if x.shape[0] <= FEW_ROWS and kernel_takes(codes, x):
+            out = torch._weight_int8pack_mm(x.contiguous(), codes, scale)
+        else:
+            out = F.linear(x, codes.to(x.dtype)) * scale
+        if self.packing.outliers:
+            columns, weight = self.get_buffer("outlier_columns"), self.get_buffer("outlier_weight")
+            out = out + F.linear(x[:, columns], weight.to(x.dtype))
+        return out
 
     def extra_repr(self) -> str:
         """Shape and packing, as `print(model)` shows them."""
-        return f"{self.in_features} -> {self.out_features}, {self.pattern} {self.format}"
+        sparse = ", sparse" if self.packing.sparse else ""
+        return f"{self.in_features} -> {self.out_features}, {self.packing.format}{sparse}"
+
+
+def kernel_takes(codes: Tensor, x: Tensor) -> bool:
+    """Whether torch's int8 kernel can multiply x [n, in] with these codes [out, in].
+
+    On a CPU it loads 16 codes at once from places that it takes for aligned: else it ends the process.
+    """
+    here = x.device.type == "cpu" and x.dtype == torch.bfloat16
+    return here and codes.shape[1] % 16 == 0 and codes.data_ptr() % 16 == 0
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of it where it does not start at a multiple of 16 bytes (in a mapped file, for example)."""
+    return tensor if tensor.is_meta or tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def _pack_codes(codes: Tensor, packing: Packing) -> dict[str, Tensor]:
+    if packing.format == "int8":
+        return {"weight": codes}
+    if packing.sparse:
+        return {"weight_packed": pack_nibbles(codes)}
+    return {"weight_packed": pack_words(codes), "weight_shape": torch.tensor(codes.shape)}
 
 
 class PackedEmbedding(nn.Embedding):
-    """An embedding table in int8 with one fp32 scale a row; rows come out in `dtype`."""
+    """An embedding table in int8 with one scale a row; rows come out in `dtype`."""
 
-    scale: Tensor
+    weight_scale: Tensor
 
     def __init__(self, rows: int, width: int, padding_idx: int | None, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
@@ -138,20 +251,22 @@ class PackedEmbedding(nn.Embedding):
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
         self.dtype = dtype
         self.weight = nn.Parameter(torch.empty(rows, width, dtype=torch.int8), requires_grad=False)
-        self.register_buffer("scale", torch.empty(rows, 1))
+        self.register_buffer("weight_scale", torch.empty(rows, 1, dtype=dtype))
 
     @classmethod
     def pack(cls, layer: nn.Embedding) -> PackedEmbedding:
         """Quantise an embedding table row by row."""
-        packed = cls(layer.num_embeddings, layer.embedding_dim, layer.padding_idx, layer.weight.dtype)
-        codes, packed.scale = quantize_int8(layer.weight.detach())
-        packed.weight = nn.Parameter(codes, requires_grad=False)
+        table = layer.weight.detach()
+        packed = cls(layer.num_embeddings, layer.embedding_dim, layer.padding_idx, table.dtype)
+        grid = fit_grid(table, 8, table.shape[1], True, table.dtype)
+        packed.weight = nn.Parameter(grid.encode(table), requires_grad=False)
+        packed.weight_scale = grid.scale
         return packed
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         """The table [rows, width] in `dtype`."""
-        return (self.weight.detach() * self.scale).to(dtype)
+        return (self.weight.detach().float() * self.weight_scale.float()).to(self.dtype).to(dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """Ids [...] -> vectors [..., width]."""
-        return (self.weight[input] * self.scale[input]).to(self.dtype)
+        return (self.weight[input].float() * self.weight_scale[input].float()).to(self.dtype)

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
+
 import torch
 
-from calora.artifacts import bytes_on_disk
+from calora.artifacts import bytes_on_disk, fingerprint
 from calora.compressed import save
-from calora.compression import check_recipe, compress
+from calora.compression import Calibration, check_recipe, compress, fingerprint_of
 from calora.models import load_model, load_tokenizer
 from calora.tasks import Example, read_rows
-from stages.common import BASE, CALIBRATION, compressed, run
+from stages.common import BASE, CALIBRATION, CHECKPOINTS, compressed, run
 from stages.config import Params
 
 
 def main(params: Params, recipe: str) -> None:
-    """One compressed base, which serves every task."""
+    """One compressed base, which serves every task; a killed run goes on after the last finished block."""
     steps = params.compressions[recipe]
     check_recipe(steps)
     tokenizer = load_tokenizer(BASE)
     rows = read_rows(CALIBRATION, "run `dvc repro calibration`")
-    calibration = [Example(tokenizer(row["text"]).input_ids) for row in rows]
+    examples = [Example(tokenizer(row["text"]).input_ids) for row in rows]
+    key = hashlib.sha256(repr((steps, fingerprint(BASE), fingerprint_of(examples))).encode()).hexdigest()
+    unfinished = CHECKPOINTS / compressed(recipe)
     model = load_model(BASE, torch.bfloat16)
-    report = compress(model, steps, calibration)
+    report = compress(model, steps, Calibration(examples, unfinished / key))
     save(model, report, compressed(recipe), BASE)
+    shutil.rmtree(unfinished, ignore_errors=True)
     before, after = bytes_on_disk(BASE), bytes_on_disk(compressed(recipe))
     print(f"{recipe}: {before / 1e6:.1f} MB -> {after / 1e6:.1f} MB ({after / before:.3f})")
+    for step, errors in report["blocks"].items():
+        worst = max(errors.values(), default=0.0)
+        print(f"{step}: {report['seconds'][step]:.0f} s, relative error of a block's output at most {worst:.3f}")
 
 
 if __name__ == "__main__":

@@ -38,11 +38,13 @@ def main(params: Params, name: str, recipe: str) -> None:
     calibration = encode_all(task, model.calora_tokenizer, rows)
     inherited, report = inherit(
         model, load_model(BASE, torch.bfloat16), origin, calibration,
-        targets=options.targets, rank=options.rank, activation=options.activation, start=options.start,
+        targets=options.targets, rank=options.rank, activation=options.activation, start=options.start, origin=model.calora_origin,
     )  # fmt: skip
     out = adapter("inherited", name, recipe)
     base = str(compressed(recipe))
     write_adapter(out, inherited, base, plain_card(task, base), torch.bfloat16, {"inherit.json": report})
+    if report["dropped"]:
+        print(f"{len(report['dropped'])} LoRA tensors dropped: their layers were cut")
     share = sum(report["bypass"].values()) / len(report["bypass"])
     print(f"{name} on {recipe}: {len(report['mapped'])} LoRA layers mapped, {len(report['bypass'])} bypasses;", end=" ")
     print(f"the start removes {share:.1%} of the weighted error")

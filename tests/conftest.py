@@ -45,27 +45,29 @@ def make_tokenizer(folder: Path, end: bool) -> None:
     ).save_pretrained(folder)
 
 
-def make_model(kind: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+def make_model(
+    kind: str, folder: Path, dtype: torch.dtype = torch.bfloat16, hidden: int = 32, inner: int = 48
+) -> Path:
     torch.manual_seed(0)
     size = len(WORDS) + 3
     if kind == "llama":
         model = LlamaForCausalLM(
             LlamaConfig(
-                vocab_size=size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                vocab_size=size, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=2, num_attention_heads=4,
                 num_key_value_heads=2, pad_token_id=0, eos_token_id=1, bos_token_id=None, tie_word_embeddings=True,
             )
         )  # fmt: skip
     elif kind == "t5":
         model = T5ForConditionalGeneration(
             T5Config(
-                vocab_size=size, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, pad_token_id=0,
+                vocab_size=size, d_model=hidden, d_kv=hidden // 4, d_ff=inner, num_layers=2, num_heads=4, pad_token_id=0,
                 eos_token_id=1, decoder_start_token_id=0, dropout_rate=0.0,
             )
         )  # fmt: skip
     else:
         model = BertModel(
             BertConfig(
-                vocab_size=size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                vocab_size=size, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=2, num_attention_heads=4,
                 max_position_embeddings=64, pad_token_id=0,
             )
         )  # fmt: skip

@@ -4,104 +4,130 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-from calora.compression.nf4 import dense_nf4
-from calora.compression.prune import prune
-from calora.compression.quantize import quantize
+from calora.compression import moefy, prune, quantize, shrink
+from calora.compression.blocks import Calibration, check_finite
+from calora.compression.options import FIX
 from calora.errors import CaloraError
-from calora.packed import PackedEmbedding, PackedLinear
+from calora.layout import store
 from calora.tasks import Example
 
-Step = Callable[[Any, dict[str, Any], Sequence[Example]], dict[str, nn.Module]]
 Recipe = Sequence[Mapping[str, Mapping[str, Any]]]
-STEPS: dict[str, Step] = {"prune": prune, "quantize": quantize}
 
 
-def compress(model: PreTrainedModel, recipe: Recipe, calibration: Sequence[Example]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Step:
+    """A step of a recipe: `check(model, options)` raises before any work; `apply(model, options, calibration)` reports.
+
+    Args:
+        after: the steps that it may not follow, and why.
+    """
+
+    check: Callable[[PreTrainedModel, dict[str, Any]], None]
+    apply: Callable[[PreTrainedModel, dict[str, Any], Calibration], dict[str, Any]]
+    after: Mapping[str, str]
+
+
+CODES = "codes of quantised weights cannot be changed"
+STEPS: dict[str, Step] = {
+    "shrink": Step(shrink.check, shrink.shrink, {
+        "moefy": "experts would lose their equal sizes", "prune": "cutting inputs would break the groups of a pattern", "quantize": CODES,
+    }),
+    "moefy": Step(moefy.check, moefy.moefy, {
+        "moefy": "its feed-forwards are experts already", "prune": "reordering neurons would break the groups of a pattern", "quantize": CODES,
+    }),
+    "prune": Step(prune.check, prune.prune, {"prune": "the second pattern would undo the first", "quantize": CODES}),
+    "quantize": Step(quantize.check, quantize.quantize, {"quantize": CODES}),
+}  # fmt: skip
+
+
+def compress(model: PreTrainedModel, recipe: Recipe, calibration: Calibration) -> dict[str, Any]:
     """Compress `model` in place, step by step, and report what became of every tensor.
 
     Args:
         model: an uncompressed model as `calora.models.load_model` gives it.
         recipe: such as `[{"prune": {"score": "wanda", "pattern": "2:4"}}, {"quantize": {"format": "int8"}}]`.
-        calibration: tokenised texts, for the steps that look at activations.
+        calibration: texts that the steps look at, each block's inputs from the blocks that are compressed already.
 
     Returns:
-        The report: `recipe`, `calibration`, `layers` (name -> kind, shape, bytes before and after, relative error
-        ||W - W'|| / ||W|| of each step), and `untouched` (name -> bytes of each tensor that was left as it was).
+        The report: `recipe`, `calibration`, `layers` (name -> how it is stored, bytes before and after, what each step
+        says of it), `blocks` (step -> block -> relative error of its output), `seconds` (step -> time), `untouched`
+        (name -> bytes of each tensor that was left as it was), `layers_kept` (stack -> the layers that remain, where
+        some were cut), and `kept` (`<layer>.rows` / `<layer>.columns` -> what remains of the original's outputs and
+        inputs, in their new order; tensors, for `calora.compressed.save`).
 
     Raises:
-        CaloraError: a step is unknown or cannot be applied; the model is then not to be used.
+        CaloraError: a step is unknown, cannot follow the one before it or cannot be applied (raised before any work
+            starts), or weights or activations hold NaN or Inf.
     """
     steps = check_recipe(recipe)
-    before = {name: tensor.nbytes for name, tensor in model.state_dict().items()}
-    layers: dict[str, dict[str, Any]] = {}
     for step, options in steps:
-        replaced = STEPS[step](model, options, calibration)
-        for name, new in replaced.items():
-            entry = layers.setdefault(name, {"bytes_before": before[f"{name}.weight"], "relative_error": {}})
-            entry["relative_error"][step] = relative_error(model.get_submodule(name), new)
-            model.set_submodule(name, new)
-            entry |= {"bytes_after": sum(t.nbytes for t in new.state_dict().values()), **describe(new)}
-    return {
+        STEPS[step].check(model, options)
+    if not calibration.examples:
+        raise CaloraError("calibration", "at least one text", "none", "raise compress.calibration.texts")
+    before = {name: tensor.nbytes for name, tensor in model.state_dict().items()}
+    for name, tensor in model.state_dict().items():
+        check_finite(name, tensor)
+    report: dict[str, Any] = {"layers": {}, "blocks": {}, "seconds": {}, "kept": {}, "layers_kept": {}}
+    for number, (step, options) in enumerate(steps):
+        start = time.monotonic()
+        folder = calibration.checkpoint / f"{number}-{step}" if calibration.checkpoint else None
+        done = STEPS[step].apply(model, options, Calibration(calibration.examples, folder))
+        report["seconds"][step] = round(time.monotonic() - start, 1)
+        report["blocks"][step] = done["blocks"]
+        report["layers_kept"] |= done.get("layers_kept", {})
+        for name, note in done["layers"].items():
+            report["layers"].setdefault(name, {})[step] = note
+        for name, indices in done["kept"].items():
+            earlier = report["kept"].get(name)
+            report["kept"][name] = indices if earlier is None else earlier[indices]
+    return _described(model, before, report) | {
         "recipe": [{step: options} for step, options in steps],
-        "calibration": {"texts": len(calibration), "sha256": _fingerprint(calibration)},
-        "layers": layers,
-        "untouched": {
-            name: size
-            for name, size in before.items()
-            if name.removesuffix(".weight").removesuffix(".bias") not in layers
-        },
+        "calibration": {"texts": len(calibration.examples), "sha256": fingerprint_of(calibration.examples)},
     }
 
 
+def _described(model: nn.Module, before: dict[str, int], report: dict[str, Any]) -> dict[str, Any]:
+    """The report with how each changed layer is stored, and its bytes."""
+    layers: dict[str, Any] = {}
+    owned: set[str] = set()
+    for name, notes in report["layers"].items():
+        entry, tensors = store(model.get_submodule(name))
+        owned |= {f"{name}.{key}" for key in tensors}
+        sizes = {"bytes_before": before.get(f"{name}.weight", 0), "bytes_after": sum(t.nbytes for t in tensors.values())}
+        layers[name] = {**entry, **sizes, "steps": notes}
+    untouched = {name: tensor.nbytes for name, tensor in model.state_dict().items() if name not in owned}
+    return {**report, "layers": layers, "untouched": untouched}
+
+
 def check_recipe(recipe: Recipe) -> list[tuple[str, dict[str, Any]]]:
-    """The steps of a recipe as (name, options); raises `CaloraError` unless each is a known step."""
+    """The steps of a recipe as (name, options); raises `CaloraError` unless each is known and may follow the others."""
     steps: list[tuple[str, dict[str, Any]]] = []
     for item in recipe:
         if not isinstance(item, Mapping) or len(item) != 1 or next(iter(item)) not in STEPS:
-            raise CaloraError(
-                "recipe", f"steps among {', '.join(STEPS)}", item, "mend compress.<recipe> in params.yaml"
-            )
+            raise CaloraError("recipe", f"steps among {', '.join(STEPS)}", item, FIX)
         step, options = next(iter(item.items()))
-        steps.append((step, dict(options)))
+        for earlier, _ in steps:
+            if earlier in STEPS[step].after:
+                reason = STEPS[step].after[earlier]
+                raise CaloraError("recipe", f"no {step} after {earlier}", f"one: {reason}", FIX)
+        chosen = dict(options or {})
+        if chosen.get("format") == "nf4" and any(earlier == "prune" for earlier, _ in steps):
+            raise CaloraError("recipe", "no nf4 after prune", "one: bitsandbytes stores no pattern; use int8 or int4", FIX)
+        steps.append((step, chosen))
     if not steps:
-        raise CaloraError("recipe", "at least one step", "none", "mend compress.<recipe> in params.yaml")
+        raise CaloraError("recipe", "at least one step", "none", FIX)
     return steps
 
 
-def describe(layer: nn.Module) -> dict[str, Any]:
-    """What is needed to build an empty layer of the same kind."""
-    if isinstance(layer, PackedEmbedding):
-        return {"kind": "embedding", "rows": layer.num_embeddings, "width": layer.embedding_dim, "format": "int8"}
-    assert isinstance(layer, nn.Linear)
-    packing = (
-        {"kind": "packed", "pattern": layer.pattern, "format": layer.format}
-        if isinstance(layer, PackedLinear)
-        else {"kind": "nf4", "pattern": "dense", "format": "nf4"}
-    )
-    return packing | {"in": layer.in_features, "out": layer.out_features, "bias": layer.bias is not None}
-
-
-def dense_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
-    """The dense view of any layer's weight."""
-    if isinstance(layer, PackedLinear | PackedEmbedding):
-        return layer.dense_weight(dtype)
-    if type(layer).__name__ == "Linear4bit":
-        return dense_nf4(layer, dtype)
-    return layer.get_parameter("weight").detach().to(dtype)
-
-
-def relative_error(old: nn.Module, new: nn.Module) -> float:
-    """||W - W'||_F / ||W||_F of two layers' weights."""
-    before, after = dense_weight(old, torch.float32), dense_weight(new, torch.float32)
-    return round(float((before - after).norm() / before.norm().clamp_min(1e-30)), 6)
-
-
-def _fingerprint(calibration: Sequence[Example]) -> str:
-    return hashlib.sha256(json.dumps([e.prompt_ids for e in calibration]).encode()).hexdigest()
+def fingerprint_of(examples: Sequence[Example]) -> str:
+    """SHA-256 of the calibration tokens."""
+    return hashlib.sha256(json.dumps([e.prompt_ids for e in examples]).encode()).hexdigest()

@@ -1,8 +1,9 @@
-"""Pruning to the 2:4 pattern: of every four consecutive inputs of a row the two with the highest score stay."""
+"""Pruning: unstructured, or N of every M consecutive inputs; by magnitude, Wanda, or SparseGPT with weight update."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,42 +11,114 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from calora.calibrate import input_square_sums, linear_layers
+from calora.compression.blocks import Block, Calibration, Change, each_block, stacks
+from calora.compression.options import FIX, one_of, parse, share
+from calora.compression.sweep import COLUMNS, Choose, cut
 from calora.errors import CaloraError
-from calora.packed import PackedLinear
+from calora.packed import PackedLinear, Packing
 from calora.tasks import Example
 
-SCORES = ("wanda", "magnitude")
+PATTERNS = {"2:4": (2, 4), "4:8": (4, 8)}
+OUTLIER, SPREAD = 5.0, 0.08  # OWL's M and lambda (arXiv 2310.05175, section 4)
 
 
-def keep_2_4(score: Tensor) -> Tensor:
-    """Mask [out, in] of the two highest scores in every group of four consecutive inputs."""
-    groups = score.view(score.shape[0], -1, 4)
-    best = groups.topk(2, dim=-1).indices
+@dataclass(frozen=True)
+class Options:
+    """Options of `prune`.
+
+    Args:
+        score: `magnitude` |W_ij|; `wanda` |W_ij| ||X_j||_2 (arXiv 2306.11695, eq. 1); `sparsegpt` w^2 / [H^-1]_jj with
+            the update of what remains (arXiv 2301.00774).
+        pattern: `2:4`, `4:8` (kept of consecutive inputs of a row), or `unstructured`.
+        sparsity: share that is cut, above 0 and below 1; unstructured only.
+        allocation: of an unstructured sparsity over the blocks: `uniform`, or `owl`, which spares blocks with many
+            outliers (arXiv 2310.05175).
+    """
+
+    score: str
+    pattern: str
+    sparsity: float | None = None
+    allocation: str = "uniform"
+
+    def __post_init__(self) -> None:
+        one_of("prune.score", self.score, ("magnitude", "wanda", "sparsegpt"))
+        one_of("prune.pattern", self.pattern, (*PATTERNS, "unstructured"))
+        one_of("prune.allocation", self.allocation, ("uniform", "owl") if self.pattern == "unstructured" else ("uniform",))
+        if self.pattern == "unstructured":
+            share("prune.sparsity", self.sparsity)
+        elif self.sparsity is not None:
+            raise CaloraError("prune.sparsity", f"none: {self.pattern} says it", self.sparsity, FIX)
+
+
+def check(model: PreTrainedModel, options: dict[str, Any]) -> None:
+    """Raise `CaloraError` if the options are wrong or a width does not hold whole groups."""
+    chosen = parse(Options, "prune", options)
+    if chosen.pattern in PATTERNS:
+        size = PATTERNS[chosen.pattern][1]
+        for name, layer in linear_layers(model).items():
+            if layer.in_features % size:
+                raise CaloraError(f"prune {name} to {chosen.pattern}", f"a width divisible by {size}", layer.in_features, "use `pattern: unstructured`")
+
+
+def prune(model: PreTrainedModel, options: dict[str, Any], calibration: Calibration) -> dict[str, Any]:
+    """Prune every linear layer of the blocks; what is kept is stored with one bit a weight that says where it is."""
+    chosen = parse(Options, "prune", options)
+    sparsity = allocate(model, chosen, calibration.examples) if chosen.pattern == "unstructured" else {}
+
+    def change(block: Block) -> Change:
+        made = Change()
+        for name, layer in block.layers.items():
+            choose, span = chooser(chosen, sparsity.get(block.name, 0.0))
+            weight, moment = layer.weight.detach(), block.moments()[name]
+            if chosen.score == "sparsegpt":
+                weight, keep = cut(weight, moment, choose, span)
+            else:
+                score = weight.float().abs()
+                keep = choose(score * moment.diagonal().sqrt() if chosen.score == "wanda" else score)
+            made.modules[name] = PackedLinear.pack(layer, Packing("native", sparse=True), weight=weight, keep=keep)
+            made.notes[name] = {"kept": round(float(keep.float().mean()), 6)}
+        return made
+
+    return each_block(model, calibration, "prune", change)
+
+
+def chooser(options: Options, sparsity: float) -> tuple[Choose, int]:
+    """Which scores [out, n] to keep, and how many columns SparseGPT decides on at a time."""
+    if options.pattern in PATTERNS:
+        kept, size = PATTERNS[options.pattern]
+        return lambda score: keep_n_of_m(score, kept, size), size
+    by_row = options.score == "wanda"  # Wanda compares within an output, the others within the layer (or span)
+    return lambda score: keep_highest(score, sparsity, by_row), COLUMNS
+
+
+def keep_n_of_m(score: Tensor, kept: int, size: int) -> Tensor:
+    """Mask [out, in] of the `kept` highest scores in every group of `size` consecutive inputs."""
+    groups = score.view(score.shape[0], -1, size)
+    best = groups.topk(kept, dim=-1).indices
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, best, True).view_as(score)
 
 
-def prune(model: PreTrainedModel, options: dict[str, Any], calibration: Sequence[Example]) -> dict[str, nn.Module]:
-    """Prune every linear layer of the blocks; returns the new layers by name.
+def keep_highest(score: Tensor, sparsity: float, by_row: bool) -> Tensor:
+    """Mask [out, in] of all but the lowest share `sparsity` of the scores, in each row or in the whole."""
+    scores = score if by_row else score.reshape(1, -1)
+    kept = scores.shape[1] - round(sparsity * scores.shape[1])
+    best = scores.topk(kept, dim=-1).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True).view_as(score)
 
-    Options: `score` = `wanda`, |W_ij| * ||X_j||_2 (arXiv 2306.11695, eq. 1), or `magnitude`, |W_ij|; `pattern` = `2:4`.
 
-    Raises:
-        CaloraError: an option is unknown, a width is not divisible by 4, or a layer is already packed.
-    """
-    score, pattern = options.get("score"), options.get("pattern")
-    if set(options) != {"score", "pattern"} or score not in SCORES or pattern != "2:4":
-        raise CaloraError("prune", f"score: one of {', '.join(SCORES)}; pattern: '2:4'", options, "mend the recipe")
-    layers = linear_layers(model)
-    for name, layer in layers.items():
-        if type(layer) is not nn.Linear:
-            raise CaloraError(f"prune {name}", "a dense layer", type(layer).__name__, "prune before quantising")
-        if layer.in_features % 4:
-            raise CaloraError(f"prune {name}", "a width divisible by 4", layer.in_features, "use another recipe")
-    sums = input_square_sums(model, calibration) if score == "wanda" else {}
-    pruned: dict[str, nn.Module] = {}
-    for name, layer in layers.items():
-        importance = layer.weight.detach().float().abs()
-        if score == "wanda":
-            importance *= sums[name].sqrt()
-        pruned[name] = PackedLinear.pack(layer, keep_2_4(importance), "native")
-    return pruned
+def allocate(model: PreTrainedModel, options: Options, examples: Sequence[Example]) -> dict[str, float]:
+    """Block -> sparsity. OWL: S - (D - mean D), D the share of scores above M times their mean, scaled to 2 lambda."""
+    assert options.sparsity is not None
+    names = [f"{stack}.{index}" for stack, blocks in stacks(model).items() for index in range(len(blocks))]
+    if options.allocation == "uniform":
+        return dict.fromkeys(names, options.sparsity)
+    sums, layers = input_square_sums(model, examples), linear_layers(model)
+    shares = torch.tensor([_outliers([layers[key] for key in sums if key.startswith(f"{name}.")], [sums[key] for key in sums if key.startswith(f"{name}.")]) for name in names])
+    spread = (shares - shares.min()) / (shares.max() - shares.min()).clamp_min(1e-12) * 2 * SPREAD
+    sparsity = (options.sparsity - (spread - spread.mean())).clamp(0.01, 0.99)
+    return dict(zip(names, sparsity.tolist(), strict=True))
+
+
+def _outliers(layers: Sequence[nn.Linear], sums: Sequence[Tensor]) -> float:
+    scores = torch.cat([(layer.weight.detach().float().abs() * total.sqrt()).flatten() for layer, total in zip(layers, sums, strict=True)])
+    return float((scores > OUTLIER * scores.mean()).float().mean())

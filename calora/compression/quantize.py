@@ -1,66 +1,122 @@
-"""Quantisation of linear layers (int8 per output row, or bitsandbytes' nf4) and of the embeddings (int8)."""
+"""Quantisation of linear layers (int8, int4, nf4; rounding to nearest or by GPTQ) and of the embeddings (int8)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from calora.calibrate import linear_layers
-from calora.compression.nf4 import pack_nf4
+from calora.codes import fit_grid
+from calora.compression.blocks import Block, Calibration, Change, each_block
+from calora.compression.options import FIX, one_of, parse, whole
+from calora.compression.sweep import round_to
 from calora.errors import CaloraError
-from calora.packed import PackedEmbedding, PackedLinear
-from calora.tasks import Example
+from calora.layout import dense_weight
+from calora.nf4 import Nf4Linear
+from calora.packed import BITS, PackedEmbedding, PackedLinear, Packing
 
-LINEAR = ("int8", "nf4")
-EMBEDDINGS = ("int8", "none")
+GROUPS = (32, 64, 128)
 
 
-def quantize(model: PreTrainedModel, options: dict[str, Any], calibration: Sequence[Example]) -> dict[str, nn.Module]:
-    """Quantise every linear layer of the blocks, and the embeddings if asked; returns the new layers by name.
+@dataclass(frozen=True)
+class Options:
+    """Options of `quantize`.
 
-    Options: `format` = `int8` (per output row, symmetric) or `nf4` (bitsandbytes, double quantisation);
-    `embeddings` = `int8` or `none`: the input table and the output head, which stay one tensor where they were tied.
-
-    Raises:
-        CaloraError: an option is unknown, or the layer is already quantised, or nf4 follows pruning.
+    Args:
+        format: `int8` (one symmetric scale an output row), `int4` (a scale a group) or `nf4` (bitsandbytes' own, with
+            double quantisation, arXiv 2305.14314).
+        rounding: `nearest`, or `gptq` (arXiv 2210.17323): the error of a weight is answered by those that follow.
+        group: int4: inputs that share a scale, 32, 64 or 128.
+        symmetric: int4: whether the grid is symmetric about 0.
+        outliers: int8: input columns with some |x| of at least this in calibration stay in the base's dtype
+            (arXiv 2208.07339: 6.0); 0 for none.
+        embeddings: `int8` or `none`: the input table and the output head, which stay one tensor where they were tied.
     """
-    format, embeddings = options.get("format"), options.get("embeddings", "none")
-    if set(options) - {"format", "embeddings"} or format not in LINEAR or embeddings not in EMBEDDINGS:
-        expected = f"format: one of {', '.join(LINEAR)}; embeddings: one of {', '.join(EMBEDDINGS)}"
-        raise CaloraError("quantize", expected, options, "mend the recipe")
-    packed: dict[str, nn.Module] = {}
+
+    format: str
+    rounding: str = "nearest"
+    group: int | None = None
+    symmetric: bool = True
+    outliers: float = 0.0
+    embeddings: str = "none"
+
+    def __post_init__(self) -> None:
+        one_of("quantize.format", self.format, ("int8", "int4", "nf4"))
+        one_of("quantize.rounding", self.rounding, ("nearest",) if self.format == "nf4" else ("nearest", "gptq"))
+        one_of("quantize.embeddings", self.embeddings, ("int8", "none"))
+        one_of("quantize.symmetric", self.symmetric, (True, False) if self.format == "int4" else (True,))
+        if self.format == "int4":
+            one_of("quantize.group (of int4)", self.group, GROUPS)
+        elif self.group is not None:
+            raise CaloraError("quantize.group", f"none for {self.format}", self.group, FIX)
+        if self.outliers and self.format != "int8":
+            raise CaloraError("quantize.outliers", f"none for {self.format}", self.outliers, FIX)
+        if not isinstance(self.outliers, int | float) or self.outliers < 0:
+            raise CaloraError("quantize.outliers", "a threshold of at least 0", repr(self.outliers), FIX)
+
+
+def check(model: PreTrainedModel, options: dict[str, Any]) -> None:
+    """Raise `CaloraError` if the options are wrong or do not fit the model's widths."""
+    chosen = parse(Options, "quantize", options)
     for name, layer in linear_layers(model).items():
-        if type(layer) is nn.Linear:
-            packed[name] = PackedLinear.pack(layer, None, "int8") if format == "int8" else pack_nf4(layer)
-        elif isinstance(layer, PackedLinear) and layer.format == "native" and format == "int8":
-            packed[name] = layer.quantize()
-        else:
-            raise CaloraError(
-                f"quantize {name} to {format}",
-                "a layer that is not quantised yet (nf4: a dense one)",
-                f"a {layer.extra_repr()} layer",
-                "leave out one step, or use int8 after pruning",
-            )
-    return packed | (_embeddings(model) if embeddings == "int8" else {})
+        if chosen.group and layer.in_features % chosen.group:
+            fits = [g for g in GROUPS if layer.in_features % g == 0]
+            raise CaloraError("quantize.group", f"a divisor of {name}'s {layer.in_features} inputs ({fits or 'none of ours'})", chosen.group, FIX)
+    if chosen.embeddings == "int8" and type(model.get_input_embeddings()) is not nn.Embedding:
+        raise CaloraError("quantize.embeddings", "a dense table", type(model.get_input_embeddings()).__name__, FIX)
+
+
+def quantize(model: PreTrainedModel, options: dict[str, Any], calibration: Calibration) -> dict[str, Any]:
+    """Quantise every linear layer of the blocks, and the embeddings if asked."""
+    chosen = parse(Options, "quantize", options)
+
+    def change(block: Block) -> Change:
+        return Change({name: _quantize(name, layer, block, chosen) for name, layer in block.layers.items()})
+
+    report = each_block(model, calibration, "quantize", change)
+    if chosen.embeddings == "int8":
+        for name, module in _embeddings(model).items():
+            model.set_submodule(name, module)
+            report["layers"][name] = {}
+    return report
+
+
+def _quantize(name: str, layer: nn.Linear, block: Block, options: Options) -> nn.Module:
+    if options.format == "nf4":
+        if isinstance(layer, PackedLinear):
+            raise CaloraError(f"quantize {name} to nf4", "a dense layer", "a pruned one", "use int8 or int4 after pruning")
+        return Nf4Linear.pack(layer)
+    weight, keep = dense_weight(layer, torch.float32), layer.keep if isinstance(layer, PackedLinear) else None
+    outliers: Tensor | None = None
+    if options.outliers:
+        outliers = (block.largest()[name] >= options.outliers).nonzero().flatten()
+    inliers = weight if outliers is None else weight.clone().index_fill_(1, outliers, 0)
+    group, dtype = options.group or layer.in_features, layer.weight.dtype
+    grid = fit_grid(inliers, BITS[options.format], group, options.symmetric, dtype)
+    if options.rounding == "gptq":
+        rounded = round_to(inliers, block.moments()[name], grid, keep)
+        weight = rounded if outliers is None else rounded.index_copy_(1, outliers, weight[:, outliers])
+    packing = Packing(options.format, keep is not None, group, options.symmetric, 0 if outliers is None else len(outliers))
+    return PackedLinear.pack(layer, packing, weight=weight, keep=keep, grid=grid, outliers=outliers)
 
 
 def _embeddings(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Every table and head that shares the input table's weight, and an untied head, in int8."""
-    table = model.get_input_embeddings()
-    head = model.get_output_embeddings()
-    if not isinstance(table, nn.Embedding) or isinstance(table, PackedEmbedding):
-        raise CaloraError("quantize embeddings", "a dense table", type(table).__name__, "quantise them once")
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert isinstance(table, nn.Embedding)
     packed_table = PackedEmbedding.pack(table)
     packed: dict[str, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Embedding) and module.weight is table.weight:
             packed[name] = packed_table
         elif module is head and isinstance(module, nn.Linear):
-            packed[name] = PackedLinear.pack(module, None, "int8")
+            grid = fit_grid(module.weight, 8, module.in_features, True, module.weight.dtype)
+            packed_head = PackedLinear.pack(module, Packing("int8", group=module.in_features), grid=grid)
             if module.weight is table.weight:
-                packed[name].weight = packed_table.weight
-                packed[name].scale = packed_table.scale
+                packed_head.weight, packed_head.weight_scale = packed_table.weight, packed_table.weight_scale
+            packed[name] = packed_head
     return packed

@@ -1,0 +1,281 @@
+"""Walk through a model block by block, each with the inputs that the already compressed blocks give it.
+
+Activations of one block are held at a time: its inputs and its outputs over all calibration texts (as SparseGPT does,
+arXiv 2301.00774). A finished block is written to the checkpoint, so that a killed compression goes on after it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from calora.artifacts import write_tensors
+from calora.batching import equal_length_batches
+from calora.calibrate import linear_layers
+from calora.errors import CaloraError
+from calora.layout import dense_weight, restore, store
+from calora.models import family_of
+from calora.progress import progress
+from calora.tasks import Example
+
+BATCH = 16  # calibration texts of one length that go through a block together
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a step looks at, and where it keeps what it has finished.
+
+    Args:
+        examples: tokenised texts.
+        checkpoint: folder for finished blocks; None keeps nothing.
+    """
+
+    examples: Sequence[Example]
+    checkpoint: Path | None = None
+
+
+@dataclass
+class Change:
+    """What a step makes of one block.
+
+    Args:
+        modules: full name -> the module that takes its place.
+        notes: full name of a layer -> what the report says of it.
+        kept: `<layer>.rows` / `<layer>.columns` -> indices of the outputs / inputs that remain, in their new order.
+    """
+
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    notes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    kept: dict[str, Tensor] = field(default_factory=dict)
+
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Block:
+    """One transformer block with its calibration inputs.
+
+    Args:
+        layers: full name -> linear layer of the block.
+    """
+
+    def __init__(self, name: str, module: nn.Module, layers: dict[str, nn.Linear], hidden: list[Tensor], calls: list[Call]) -> None:
+        self.name, self.module, self.layers = name, module, layers
+        self.hidden, self.calls = hidden, calls
+        self._moments: dict[str, Tensor] | None = None
+        self._largest: dict[str, Tensor] = {}
+
+    def run(self, watch: Mapping[str, Callable[[Tensor], None]] | None = None) -> Iterator[Tensor]:
+        """Yield the block's output [B, T, H] batch by batch; `watch` sees the inputs [tokens, in] of linear layers."""
+        def hook(see: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            return lambda _, args: see(args[0].detach().flatten(0, -2))
+
+        handles = [self.layers[name].register_forward_pre_hook(hook(see)) for name, see in (watch or {}).items()]
+        try:
+            for hidden, (args, options) in zip(self.hidden, self.calls, strict=True):
+                with torch.no_grad():
+                    out = self.module(hidden, *args, **options)
+                yield out if isinstance(out, Tensor) else out[0]
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def moments(self) -> dict[str, Tensor]:
+        """Layer -> X^T X, fp32 [in, in], over all calibration tokens, before anything in the block changed."""
+        if self._moments is None:
+            sums: dict[str, Tensor] = {}
+
+            def add(name: str) -> Callable[[Tensor], None]:
+                def see(x: Tensor) -> None:
+                    x = x.float()
+                    most = x.abs().amax(0)
+                    self._largest[name] = torch.maximum(self._largest[name], most) if name in sums else most
+                    sums[name] = torch.addmm(sums[name], x.T, x) if name in sums else x.T @ x
+
+                return see
+
+            self.before = list(self.run({name: add(name) for name in self.layers}))
+            for name in self.layers:
+                check_finite(f"inputs of {name}", sums.get(name))
+            self._moments = sums
+        return self._moments
+
+    def largest(self) -> dict[str, Tensor]:
+        """Layer -> largest |x| of each input, fp32 [in]."""
+        self.moments()
+        return self._largest
+
+    def inputs(self, name: str) -> Tensor:
+        """All inputs of one linear layer, [tokens, in], before anything in the block changed."""
+        seen: list[Tensor] = []
+        for _ in self.run({name: seen.append}):
+            pass
+        return torch.cat(seen)
+
+
+def check_finite(name: str, tensor: Tensor | None) -> None:
+    """Raise unless the tensor is there and holds neither NaN nor Inf."""
+    if tensor is None:
+        raise CaloraError(name, "calibration inputs", "none", "leave this base: calora does not know its blocks")
+    if not bool(tensor.isfinite().all()):
+        raise CaloraError(name, "finite values", "NaN or Inf", "check the base's weights; nothing was written")
+
+
+def stacks(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
+    """The lists of transformer blocks, by name, in the order in which they compute."""
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module)
+        and all(isinstance(block, GradientCheckpointingLayer) for block in module)
+    }
+    if not found:
+        raise CaloraError(type(model).__name__, "transformer blocks", "none", "use a model of transformers 5")
+    return found
+
+
+def each_block(
+    model: PreTrainedModel, calibration: Calibration, title: str, change: Callable[[Block], Change]
+) -> dict[str, Any]:
+    """Apply `change` to one block after another, and report what became of each.
+
+    Returns:
+        `layers` (name -> notes, with the relative error of the layer's output, ||(W - W') X|| / ||W X||, where its
+        shape stayed), `blocks` (name -> relative error of the block's output), and `kept` (tensors).
+    """
+    report: dict[str, Any] = {"layers": {}, "blocks": {}, "kept": {}}
+    layers = linear_layers(model)
+    total = sum(len(stack) for stack in stacks(model).values())
+    bar = progress(range(total), title, "blocks")
+    turn = iter(bar)
+    for stack_name, stack in stacks(model).items():
+        calls: list[list[Call]] = []
+        hidden: list[Tensor] = []
+        for index, module in enumerate(stack):
+            name = f"{stack_name}.{index}"
+            next(turn)
+            done = _finished(calibration.checkpoint, f"{title}-{name}")
+            if done is None and not calls:
+                hidden, calls = _record(model, stack, calibration.examples)
+                for earlier in range(index):
+                    block = Block("", stack[earlier], {}, hidden, calls[earlier])
+                    hidden = list(block.run())
+            if done is None:
+                own = {key: layer for key, layer in layers.items() if key.startswith(f"{name}.")}
+                block = Block(name, module, own, hidden, calls[index])
+                done = _change(model, block, change)
+                hidden = block.hidden
+                if calibration.checkpoint:
+                    _keep(calibration.checkpoint / f"{title}-{name}.safetensors", model, done)
+            else:
+                _take(model, done)
+                if calls:
+                    hidden = list(Block(name, stack[index], {}, hidden, calls[index]).run())
+            for part in ("layers", "blocks", "kept"):
+                report[part] |= done[part]
+    for _ in turn:  # lets the bar end
+        pass
+    return report
+
+
+def _change(model: PreTrainedModel, block: Block, change: Callable[[Block], Change]) -> dict[str, Any]:
+    moments = block.moments()
+    before = block.before
+    made = change(block)
+    errors = {}
+    for name, layer in block.layers.items():
+        new = made.modules.get(name)
+        if isinstance(new, nn.Linear) and (new.in_features, new.out_features) == (layer.in_features, layer.out_features):
+            errors[name] = output_error(layer, new, moments[name])
+    for name, new in made.modules.items():
+        model.set_submodule(name, new)
+    squares = [0.0, 0.0]
+    for index, after in enumerate(Block(block.name, model.get_submodule(block.name), {}, block.hidden, block.calls).run()):
+        check_finite(f"outputs of {block.name}", after)
+        squares[0] += float((after.float() - before[index].float()).square().sum())
+        squares[1] += float(before[index].float().square().sum())
+        before[index] = after
+    block.hidden = before
+    notes = {name: {**made.notes.get(name, {}), **({"output_error": errors[name]} if name in errors else {})} for name in sorted({*made.notes, *errors})}
+    return {
+        "layers": notes,
+        "blocks": {block.name: round((squares[0] / max(squares[1], 1e-30)) ** 0.5, 6)},
+        "kept": made.kept,
+        "modules": list(made.modules),
+    }
+
+
+def output_error(old: nn.Module, new: nn.Module, moment: Tensor) -> float:
+    """||(W - W') X^T||_F / ||W X^T||_F, from X^T X."""
+    before = dense_weight(old, torch.float32)
+    error = before - dense_weight(new, torch.float32)
+    lost, whole = float(((error @ moment) * error).sum()), float(((before @ moment) * before).sum())
+    return round((max(lost, 0.0) / max(whole, 1e-30)) ** 0.5, 6)
+
+
+def _record(model: PreTrainedModel, stack: nn.ModuleList, examples: Sequence[Example]) -> tuple[list[Tensor], list[list[Call]]]:
+    """Hidden states that enter the stack, batch by batch, and all else that each of its blocks is called with."""
+    if not examples:
+        raise CaloraError("calibration", "at least one text", "none", "raise compress.calibration.texts")
+    hidden: list[Tensor] = []
+    calls: list[list[Call]] = [[] for _ in stack]
+
+    def watch(index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+            if index == 0:
+                hidden.append(args[0].detach())
+            calls[index].append((args[1:], options))
+
+        return hook
+
+    handles = [block.register_forward_pre_hook(watch(i), with_kwargs=True) for i, block in enumerate(stack)]
+    family = family_of(model)
+    try:
+        with torch.no_grad():
+            # Equal lengths: a padded position would count as an input.
+            for indices in equal_length_batches([len(e.prompt_ids) for e in examples], BATCH):
+                batch = family.collate([Example(examples[i].prompt_ids) for i in indices], model)
+                family.forward(model, batch, torch.tensor([0]))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return hidden, calls
+
+
+def _keep(path: Path, model: PreTrainedModel, done: dict[str, Any]) -> None:
+    """Write a finished block: its new modules and its part of the report."""
+    tensors, entries = {f"kept|{key}": value for key, value in done["kept"].items()}, {}
+    for name in done["modules"]:
+        entries[name], own = store(model.get_submodule(name))
+        tensors |= {f"{name}|{key}": value for key, value in own.items()}
+    told = {"entries": entries, "layers": done["layers"], "blocks": done["blocks"]}
+    write_tensors(path, tensors, {"done": json.dumps(told)})
+
+
+def _finished(folder: Path | None, name: str) -> dict[str, Any] | None:
+    path = folder / f"{name}.safetensors" if folder else None
+    if path is None or not path.exists():
+        return None
+    with safe_open(path, framework="pt") as file:
+        told: dict[str, Any] = json.loads(file.metadata()["done"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
+    own: dict[str, dict[str, Tensor]] = {name: {} for name in [*told["entries"], "kept"]}
+    for key, tensor in tensors.items():
+        owner, _, part = key.partition("|")
+        own[owner][part] = tensor
+    return {**told, "kept": own.pop("kept"), "tensors": own}
+
+
+def _take(model: PreTrainedModel, done: dict[str, Any]) -> None:
+    for name, entry in done["entries"].items():
+        model.set_submodule(name, restore(model.get_submodule(name), entry, done["tensors"][name]))

@@ -1,0 +1,120 @@
+"""Any layer of a compressed model as a JSON entry and its tensors, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calora.nf4 import Nf4Linear
+from calora.experts import ExpertLinear, Experts
+from calora.packed import PackedEmbedding, PackedLinear, Packing
+
+
+def store(layer: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(entry, tensors) of a layer."""
+    if isinstance(layer, Experts):
+        return {"kind": "experts", **layer.describe()}, layer.tensors()
+    tensors = {name: tensor.detach() for name, tensor in layer.state_dict().items()}
+    dtype = {"dtype": str(getattr(layer, "dtype", None) or layer.get_parameter("weight").dtype).removeprefix("torch.")}
+    if isinstance(layer, PackedEmbedding):
+        shape = {"rows": layer.num_embeddings, "width": layer.embedding_dim, "padding": layer.padding_idx}
+        return {"kind": "embedding", "format": "int8", **shape, **dtype}, tensors
+    if isinstance(layer, PackedLinear):
+        return {"kind": "packed", **layer.describe(), **dtype}, tensors
+    assert isinstance(layer, nn.Linear)
+    kind = {"kind": "nf4", "format": "nf4"} if isinstance(layer, Nf4Linear) else {"kind": "dense", "format": "native"}
+    return {**kind, "in": layer.in_features, "out": layer.out_features, **dtype}, tensors
+
+
+def restore(old: nn.Module, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The layer that `store` described; `old` is what stands in its place."""
+    if entry["kind"] == "experts":
+        return Experts.wrap(old, entry, dict(tensors))
+    dtype = getattr(torch, entry["dtype"])
+    if entry["kind"] == "nf4":
+        return Nf4Linear(entry["in"], entry["out"], dtype).restore(tensors)
+    if entry["kind"] == "embedding":
+        layer = PackedEmbedding(entry["rows"], entry["width"], entry["padding"], dtype)
+        layer.load_state_dict(tensors, strict=True, assign=True)
+        return layer.requires_grad_(False)
+    if entry["kind"] == "dense":
+        return dense_layer(tensors["weight"], tensors.get("bias"))
+    packing = Packing(entry["format"], entry["sparse"], entry["group"], entry["symmetric"], entry["outliers"])
+    return PackedLinear(entry["in"], entry["out"], packing, dtype).restore(tensors)
+
+
+def build(
+    model: nn.Module,
+    entries: Mapping[str, Mapping[str, Any]],
+    tensors: Mapping[str, Tensor],
+    tied: Mapping[str, str],
+    dense: bool = False,
+    ready: bool = False,
+) -> None:
+    """Fill an empty model with stored tensors, layer by layer.
+
+    Args:
+        entries: layer -> entry of `store`.
+        tied: name of a tensor -> name under which the same one is stored.
+        dense: unpack each layer.
+        ready: bring each layer into the form that a CPU computes with.
+    """
+    names = {name: name for name in tensors} | dict(tied)
+    shared: dict[str, Tensor] = {}
+
+    def read(name: str) -> Tensor:
+        if names[name] not in tied.values():
+            return tensors[names[name]]
+        return shared.setdefault(names[name], tensors[names[name]])
+
+    done: set[str] = set()
+    for layer in sorted(entries, reverse=True):  # a feed-forward of experts comes after the layers in it
+        own = [name for name in names if name.startswith(f"{layer}.") and name not in done]
+        done |= set(own)
+        made = restore(model.get_submodule(layer), entries[layer], {name[len(layer) + 1 :]: read(name) for name in own})
+        if dense and not isinstance(made, Experts):
+            dtype: torch.dtype = getattr(torch, entries[layer]["dtype"])
+            made = dense_view(made, dtype)
+        elif ready and hasattr(made, "prepare"):
+            made.prepare()
+        model.set_submodule(layer, made)
+    model.load_state_dict({name: read(name) for name in names if name not in done}, strict=False, assign=True)
+
+
+def prepare(model: nn.Module) -> None:
+    """Bring every packed layer, then every feed-forward of experts, into the form that a CPU computes with."""
+    for kind in ((PackedLinear, Nf4Linear), (Experts,)):
+        for module in list(model.modules()):
+            if isinstance(module, kind):
+                module.prepare()
+
+
+def dense_layer(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A frozen `nn.Linear` with this weight [out, in] and bias."""
+    with torch.device("meta"):
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
+    layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return layer
+
+
+def dense_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
+    """The dense view of any layer's weight."""
+    if isinstance(layer, PackedLinear | PackedEmbedding | Nf4Linear | ExpertLinear):
+        return layer.dense_weight(dtype)
+    return layer.get_parameter("weight").detach().to(dtype)
+
+
+def dense_view(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A dense layer with the same values."""
+    weight = dense_weight(layer, dtype)
+    if isinstance(layer, nn.Embedding):
+        rows, width = weight.shape
+        table = nn.Embedding(rows, width, padding_idx=layer.padding_idx, _weight=weight)
+        return table.requires_grad_(False)
+    assert isinstance(layer, nn.Linear)
+    return dense_layer(weight, layer.bias)

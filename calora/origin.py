@@ -1,0 +1,89 @@
+"""Where each layer of a compressed model comes from: which layer of the original, which of its outputs and inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from calora.errors import CaloraError
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What remains of the original, in the order of the compressed model.
+
+    Args:
+        kept: `<layer>.rows` / `<layer>.columns` -> indices of the original's outputs / inputs; none where all stay.
+        layers: stack -> index that each of its blocks had; none where all stay.
+    """
+
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
+    layers: Mapping[str, list[int]] = field(default_factory=dict)
+
+    def source(self, layer: str) -> str:
+        """The original's name of a layer."""
+        for stack, indices in self.layers.items():
+            if layer.startswith(f"{stack}."):
+                index, _, rest = layer[len(stack) + 1 :].partition(".")
+                return f"{stack}.{indices[int(index)]}.{rest}"
+        return layer
+
+    def rows(self, layer: str) -> Tensor | None:
+        """Outputs of the original that a layer still has, in its order; None for all."""
+        return self._indices(f"{layer}.rows")
+
+    def columns(self, layer: str) -> Tensor | None:
+        """Inputs of the original that a layer still has, in its order; None for all."""
+        return self._indices(f"{layer}.columns")
+
+    def _indices(self, name: str) -> Tensor | None:
+        found = self.kept.get(name)
+        return None if found is None else found.long()
+
+    def slice_rows(self, layer: str, values: Tensor) -> Tensor:
+        """The remaining first indices of a tensor [out, ...] of the original layer."""
+        rows = self.rows(layer)
+        return values if rows is None else values[rows]
+
+    def slice_columns(self, layer: str, values: Tensor) -> Tensor:
+        """The remaining second indices of a tensor [..., in] of the original layer."""
+        columns = self.columns(layer)
+        return values if columns is None else values[..., columns]
+
+    def carry(self, lora: Mapping[str, Tensor], layers: Iterable[str]) -> tuple[dict[str, Tensor], list[str]]:
+        """A LoRA of the original, cut to the shape of the compressed model: A loses inputs, B loses outputs.
+
+        Args:
+            lora: `<layer>.lora_A.weight` [r, in] and `<layer>.lora_B.weight` [out, r] by the original's names.
+            layers: the compressed model's linear layers.
+
+        Returns:
+            The tensors by the compressed model's names, and the tensors of layers that were cut.
+
+        Raises:
+            CaloraError: a tensor is of no layer that the original had.
+        """
+        carried: dict[str, Tensor] = {}
+        used: set[str] = set()
+        for layer in layers:
+            source = self.source(layer)
+            a, b = f"{source}.lora_A.weight", f"{source}.lora_B.weight"
+            if (a in lora) != (b in lora):
+                raise CaloraError(f"inherited layer {source}", "both lora_A and lora_B", "one of them", "retrain the adapter")
+            if a in lora:
+                carried[f"{layer}.lora_A.weight"] = self.slice_columns(layer, lora[a]).clone()
+                carried[f"{layer}.lora_B.weight"] = self.slice_rows(layer, lora[b]).clone()
+                used |= {a, b}
+        dropped = sorted(set(lora) - used)
+        for key in dropped:
+            if not self._was_cut(key):
+                raise CaloraError(f"inherited tensor {key}", "a linear layer of the compressed base", "none of that name", "use an adapter of this base")
+        return carried, dropped
+
+    def _was_cut(self, key: str) -> bool:
+        for stack, indices in self.layers.items():
+            if key.startswith(f"{stack}."):
+                return int(key[len(stack) + 1 :].partition(".")[0]) not in indices
+        return False

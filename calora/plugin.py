@@ -1,0 +1,71 @@
+"""Import this, and `from_pretrained` of transformers loads the folders that calora writes in its own format."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from calora.layout import build, prepare
+
+METHOD = "calora"
+
+
+@register_quantization_config(METHOD)
+class CaloraConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """`quantization_config` of config.json: how each layer is stored, and which tensors are one."""
+
+    def __init__(self, layers: dict[str, Any], tied: dict[str, str], **_: Any) -> None:
+        self.quant_method, self.layers, self.tied = METHOD, layers, tied
+
+
+@register_quantizer(METHOD)
+class CaloraQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Puts the packed layers in place, lets transformers fill them, then brings them into the form that computes."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] = (), **_: Any
+    ) -> None:
+        empty: dict[str, Tensor] = {}
+        for path in checkpoint_files:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  # not a mapping
+                    part = file.get_slice(name)
+                    empty[name] = torch.empty(part.get_shape(), dtype=DTYPES[part.get_dtype()], device="meta")
+        config = self.quantization_config
+        build(model, config.layers, empty, config.tied)
+        for layer in config.layers:  # transformers would set the weights of layers (and of what holds them) at random
+            while layer:
+                model.get_submodule(layer)._is_hf_initialized = True
+                layer = layer.rpartition(".")[0]
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        if model.device.type == "cpu":
+            prepare(model)
+        for alias, name in self.quantization_config.tied.items():
+            owner, _, part = alias.rpartition(".")
+            source, _, own = name.rpartition(".")
+            setattr(model.get_submodule(owner), part, getattr(model.get_submodule(source), own))
+
+    def is_serializable(self) -> bool:
+        """The form that computes is not the stored one."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters on top can be trained."""
+        return True
+
+
+DTYPES = {
+    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I8": torch.int8, "U8": torch.uint8,
+    "I32": torch.int32, "I64": torch.int64,
+}  # fmt: skip
