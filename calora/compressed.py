@@ -17,7 +17,7 @@ from calora.adapters import attach_adapter, read_adapter, set_active
 from calora.artifacts import check_tensors, fingerprint, read_json, read_tensors, stored_tensors, whole_directory, write_json, write_tensors
 from calora.errors import CaloraError
 from calora.evaluate import predict
-from calora.formats import quantization_config
+from calora.formats import quantization_config, stored_as
 from calora.layout import build
 from calora.models import load_tokenizer, model_class
 from calora.origin import Origin
@@ -99,11 +99,14 @@ def save(model: PreTrainedModel, report: Mapping[str, Any], directory: Path, bas
             tied[name] = first
     told = {**report, "tied": tied}
     kept = told.pop("kept")
+    format = quantization_config(told, theirs=not model._keep_in_fp32_modules)
+    tensors = stored_as(format, tensors, tied)
+    config = json.loads((base / "config.json").read_text(encoding="utf-8")) | sizes(model)
     with whole_directory(directory) as scratch:
         for pattern in CARRIED:
             for file in base.glob(pattern):
                 shutil.copyfile(file, scratch / file.name)
-        write_json(scratch / "config.json", {**json.loads((base / "config.json").read_text()), **sizes(model), "quantization_config": quantization_config(told)})
+        write_json(scratch / "config.json", config | ({"quantization_config": format} if format else {}))
         write_tensors(scratch / WEIGHTS, tensors)
         if kept:
             write_tensors(scratch / KEPT, kept)

@@ -14,6 +14,15 @@ STATE = "quant_state"  # of bitsandbytes' `weight.quant_state.bitsandbytes__nf4`
 THEIRS = "quant_state.bitsandbytes__nf4"
 
 
+STATISTICS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE)
+
+
+def their_name(name: str) -> str:
+    """bitsandbytes' name of a tensor of an nf4 layer; other names stay."""
+    layer, _, part = name.rpartition(".")
+    return f"{layer}.weight.{part.replace(STATE, THEIRS)}" if part in STATISTICS else name
+
+
 def _bitsandbytes() -> Any:
     """Imported only where a recipe uses nf4: it takes seconds."""
     return import_module("bitsandbytes")
@@ -45,8 +54,9 @@ class Nf4Linear(nn.Linear):
         return cls(layer.in_features, layer.out_features, weight.dtype).restore({"weight": codes, **tensors, **bias})
 
     def restore(self, tensors: Mapping[str, Tensor]) -> Nf4Linear:
-        """Take stored tensors, as `state_dict` gives them."""
+        """Take stored tensors, as `state_dict` gives them or by bitsandbytes' names."""
         for name, tensor in tensors.items():
+            name = name.removeprefix("weight.").replace(THEIRS, STATE)
             if name in ("weight", "bias"):
                 setattr(self, name, nn.Parameter(tensor, requires_grad=False))
             else:

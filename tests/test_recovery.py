@@ -7,11 +7,13 @@ from torch.nn import functional as F
 
 from calora.adapters import Adapter, inject, lora_config, lora_state
 from calora.calibrate import linear_layers
-from calora.compression import compress, dense_weight
+from calora.codes import fit_grid
+from calora.compression import Calibration, compress
 from calora.errors import CaloraError
 from calora.inheritance import inherit
+from calora.layout import dense_weight
 from calora.models import family_of, load_model
-from calora.packed import PackedLinear
+from calora.packed import PackedLinear, Packing
 from calora.recovery import RecoveryBypass, activate, attach, recovery_state
 from calora.tasks import Example
 from calora.warmstart import best_linear_correction, linear_as_bypass
@@ -20,7 +22,8 @@ from calora.warmstart import best_linear_correction, linear_as_bypass
 def test_zero_bypass_is_an_exact_no_op_beside_dense_and_packed_layers():
     torch.manual_seed(0)
     dense = nn.Linear(16, 12, dtype=torch.bfloat16)
-    for layer in (dense, PackedLinear.pack(dense, None, "int8")):
+    grid = fit_grid(dense.weight.detach(), 8, 16, True, torch.bfloat16)
+    for layer in (dense, PackedLinear.pack(dense, Packing("int8", group=16), grid=grid)):
         x = torch.randn(3, 5, 16, dtype=torch.bfloat16)
         before = layer(x)
         attach(layer, "a", RecoveryBypass(16, 12, 4, "gelu").bfloat16())
@@ -85,7 +88,7 @@ def test_the_warm_start_is_fitted_to_what_the_uncompressed_model_sees(toy, llama
     generator = torch.Generator().manual_seed(0)
     lora = {key: torch.randn(t.shape, generator=generator) * 0.1 for key, t in lora_state(reference, "t").items()}
     teacher = Adapter(lora_config(4, 2, ["q_proj"]), lora)
-    compress(compressed, [{"prune": {"score": "magnitude", "pattern": "2:4"}}], examples)
+    compress(compressed, [{"prune": {"score": "magnitude", "pattern": "2:4"}}], Calibration(examples))
     whole = load_model(llama, torch.bfloat16)
     adapter, report = inherit(
         compressed, whole, teacher, examples, targets=["down_proj"], rank=4, activation="gelu", start="weighted_error"
