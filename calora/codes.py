@@ -46,6 +46,10 @@ class Grid:
         zero = 0.0 if self.zero is None else self.zero[:, place].float()
         return (_round(weight / scale + zero, self.bits) - zero) * scale
 
+    def of_rows(self, rows: slice) -> Grid:
+        """The grid of some rows."""
+        return Grid(self.scale[rows], None if self.zero is None else self.zero[rows], self.bits)
+
     def _spread(self, width: int) -> tuple[Tensor, Tensor | float]:
         repeat = width // self.scale.shape[1]
         scale = self.scale.float().repeat_interleave(repeat, 1)

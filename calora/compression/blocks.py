@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from calora.artifacts import write_tensors
-from calora.batching import equal_length_batches
+from calora.batching import length_batches
 from calora.calibrate import linear_layers
 from calora.errors import CaloraError
 from calora.layout import dense_weight, restore, store
@@ -27,7 +27,7 @@ from calora.models import family_of
 from calora.progress import progress
 from calora.tasks import Example
 
-BATCH = 16  # calibration texts of one length that go through a block together
+BATCH = 32  # calibration texts that go through a block together
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,29 @@ class Change:
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
+@dataclass
+class Recorded:
+    """What a stack of blocks is called with, batch by batch.
+
+    Args:
+        hidden: hidden states that enter the next block, [B, T, H].
+        masks: of the batch's stacks, [B, T], True at real tokens.
+        calls: block -> all else that it is called with.
+    """
+
+    hidden: list[Tensor]
+    masks: list[list[Tensor]]
+    calls: list[list[Call]]
+
+
+def real(x: Tensor, masks: Sequence[Tensor]) -> Tensor:
+    """The values at real tokens, [tokens, ...], of x [B, T, ...]: padding is no input."""
+    for mask in masks:
+        if mask.shape == x.shape[:2]:
+            return x[mask]
+    return x.flatten(0, -2)
+
+
 class Block:
     """One transformer block with its calibration inputs.
 
@@ -68,20 +91,30 @@ class Block:
         layers: full name -> linear layer of the block.
     """
 
-    def __init__(self, name: str, module: nn.Module, layers: dict[str, nn.Linear], hidden: list[Tensor], calls: list[Call]) -> None:
+    def __init__(
+        self, name: str, module: nn.Module, layers: dict[str, nn.Linear], recorded: Recorded, index: int
+    ) -> None:
         self.name, self.module, self.layers = name, module, layers
-        self.hidden, self.calls = hidden, calls
+        self.recorded, self.index = recorded, index
         self._moments: dict[str, Tensor] | None = None
         self._largest: dict[str, Tensor] = {}
 
-    def run(self, watch: Mapping[str, Callable[[Tensor], None]] | None = None) -> Iterator[Tensor]:
-        """Yield the block's output [B, T, H] batch by batch; `watch` sees the inputs [tokens, in] of linear layers."""
-        def hook(see: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            return lambda _, args: see(args[0].detach().flatten(0, -2))
+    def run(self, watch: Mapping[str, Callable[[Tensor, Tensor], None]] | None = None) -> Iterator[Tensor]:
+        """Yield the block's output [B, T, H] batch by batch.
+
+        `watch` sees the inputs of linear layers: those at real tokens, [tokens, in], and the tensor that they are from.
+        """
+        masks: list[Tensor] = []
+
+        def hook(see: Callable[[Tensor, Tensor], None]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            return lambda _, args: see(real(args[0].detach(), masks), args[0])
 
         handles = [self.layers[name].register_forward_pre_hook(hook(see)) for name, see in (watch or {}).items()]
         try:
-            for hidden, (args, options) in zip(self.hidden, self.calls, strict=True):
+            calls = self.recorded.calls[self.index]
+            for batch, hidden in enumerate(list(self.recorded.hidden)):
+                masks[:] = self.recorded.masks[batch]
+                args, options = calls[batch]
                 with torch.no_grad():
                     out = self.module(hidden, *args, **options)
                 yield out if isinstance(out, Tensor) else out[0]
@@ -90,12 +123,20 @@ class Block:
                 handle.remove()
 
     def moments(self) -> dict[str, Tensor]:
-        """Layer -> X^T X, fp32 [in, in], over all calibration tokens, before anything in the block changed."""
+        """Layer -> X^T X, fp32 [in, in], over all calibration tokens, before anything in the block changed.
+
+        Layers that read the same input (queries, keys and values) have the same tensor: `groups` tells them.
+        """
         if self._moments is None:
             sums: dict[str, Tensor] = {}
+            readers: dict[int, tuple[str, Tensor]] = {}  # id of an input -> the first layer that read it, in this pass
+            leader: dict[str, str] = {}
 
-            def add(name: str) -> Callable[[Tensor], None]:
-                def see(x: Tensor) -> None:
+            def watch(name: str) -> Callable[[Tensor, Tensor], None]:
+                def see(x: Tensor, source: Tensor) -> None:
+                    leader.setdefault(name, readers.setdefault(id(source), (name, source))[0])
+                    if leader[name] != name:
+                        return
                     x = x.float()
                     most = x.abs().amax(0)
                     self._largest[name] = torch.maximum(self._largest[name], most) if name in sums else most
@@ -103,11 +144,22 @@ class Block:
 
                 return see
 
-            self.before = list(self.run({name: add(name) for name in self.layers}))
+            self.before = []
+            for out in self.run({name: watch(name) for name in self.layers}):
+                self.before.append(out)
+                readers.clear()
             for name in self.layers:
-                check_finite(f"inputs of {name}", sums.get(name))
-            self._moments = sums
+                check_finite(f"inputs of {name}", sums.get(leader.get(name, "")))
+            self._moments = {name: sums[leader[name]] for name in self.layers}
+            self._largest = {name: self._largest[leader[name]] for name in self.layers}
         return self._moments
+
+    def groups(self) -> list[dict[str, nn.Linear]]:
+        """The layers, those that read the same input together."""
+        found: dict[int, dict[str, nn.Linear]] = {}
+        for name, moment in self.moments().items():
+            found.setdefault(id(moment), {})[name] = self.layers[name]
+        return list(found.values())
 
     def largest(self) -> dict[str, Tensor]:
         """Layer -> largest |x| of each input, fp32 [in]."""
@@ -117,7 +169,7 @@ class Block:
     def inputs(self, name: str) -> Tensor:
         """All inputs of one linear layer, [tokens, in], before anything in the block changed."""
         seen: list[Tensor] = []
-        for _ in self.run({name: seen.append}):
+        for _ in self.run({name: lambda x, _: seen.append(x)}):
             pass
         return torch.cat(seen)
 
@@ -159,28 +211,24 @@ def each_block(
     bar = progress(range(total), title, "blocks")
     turn = iter(bar)
     for stack_name, stack in stacks(model).items():
-        calls: list[list[Call]] = []
-        hidden: list[Tensor] = []
+        recorded: Recorded | None = None
         for index, module in enumerate(stack):
             name = f"{stack_name}.{index}"
             next(turn)
             done = _finished(calibration.checkpoint, f"{title}-{name}")
-            if done is None and not calls:
-                hidden, calls = _record(model, stack, calibration.examples)
-                for earlier in range(index):
-                    block = Block("", stack[earlier], {}, hidden, calls[earlier])
-                    hidden = list(block.run())
             if done is None:
+                if recorded is None:
+                    recorded = _record(model, stack, calibration.examples)
+                    for earlier in range(index):
+                        recorded.hidden = list(Block("", stack[earlier], {}, recorded, earlier).run())
                 own = {key: layer for key, layer in layers.items() if key.startswith(f"{name}.")}
-                block = Block(name, module, own, hidden, calls[index])
-                done = _change(model, block, change)
-                hidden = block.hidden
+                done = _change(model, Block(name, module, own, recorded, index), change)
                 if calibration.checkpoint:
                     _keep(calibration.checkpoint / f"{title}-{name}.safetensors", model, done)
             else:
                 _take(model, done)
-                if calls:
-                    hidden = list(Block(name, stack[index], {}, hidden, calls[index]).run())
+                if recorded is not None:
+                    recorded.hidden = list(Block(name, stack[index], {}, recorded, index).run())
             for part in ("layers", "blocks", "kept"):
                 report[part] |= done[part]
     for _ in turn:  # lets the bar end
@@ -200,12 +248,14 @@ def _change(model: PreTrainedModel, block: Block, change: Callable[[Block], Chan
     for name, new in made.modules.items():
         model.set_submodule(name, new)
     squares = [0.0, 0.0]
-    for index, after in enumerate(Block(block.name, model.get_submodule(block.name), {}, block.hidden, block.calls).run()):
-        check_finite(f"outputs of {block.name}", after)
-        squares[0] += float((after.float() - before[index].float()).square().sum())
-        squares[1] += float(before[index].float().square().sum())
-        before[index] = after
-    block.hidden = before
+    now = Block(block.name, model.get_submodule(block.name), {}, block.recorded, block.index)
+    for batch, after in enumerate(now.run()):
+        new, old = (real(x, block.recorded.masks[batch]).float() for x in (after, before[batch]))
+        check_finite(f"outputs of {block.name}", new)
+        squares[0] += float((new - old).square().sum())
+        squares[1] += float(old.square().sum())
+        before[batch] = after
+    block.recorded.hidden = before
     notes = {name: {**made.notes.get(name, {}), **({"output_error": errors[name]} if name in errors else {})} for name in sorted({*made.notes, *errors})}
     return {
         "layers": notes,
@@ -223,18 +273,15 @@ def output_error(old: nn.Module, new: nn.Module, moment: Tensor) -> float:
     return round((max(lost, 0.0) / max(whole, 1e-30)) ** 0.5, 6)
 
 
-def _record(model: PreTrainedModel, stack: nn.ModuleList, examples: Sequence[Example]) -> tuple[list[Tensor], list[list[Call]]]:
-    """Hidden states that enter the stack, batch by batch, and all else that each of its blocks is called with."""
-    if not examples:
-        raise CaloraError("calibration", "at least one text", "none", "raise compress.calibration.texts")
-    hidden: list[Tensor] = []
-    calls: list[list[Call]] = [[] for _ in stack]
+def _record(model: PreTrainedModel, stack: nn.ModuleList, examples: Sequence[Example]) -> Recorded:
+    """Run the model once, and keep what the blocks of a stack are called with."""
+    recorded = Recorded([], [], [[] for _ in stack])
 
     def watch(index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
             if index == 0:
-                hidden.append(args[0].detach())
-            calls[index].append((args[1:], options))
+                recorded.hidden.append(args[0].detach())
+            recorded.calls[index].append((args[1:], options))
 
         return hook
 
@@ -242,14 +289,14 @@ def _record(model: PreTrainedModel, stack: nn.ModuleList, examples: Sequence[Exa
     family = family_of(model)
     try:
         with torch.no_grad():
-            # Equal lengths: a padded position would count as an input.
-            for indices in equal_length_batches([len(e.prompt_ids) for e in examples], BATCH):
+            for indices in length_batches([len(e.prompt_ids) for e in examples], BATCH):
                 batch = family.collate([Example(examples[i].prompt_ids) for i in indices], model)
+                recorded.masks.append(list(batch.masks.values()))
                 family.forward(model, batch, torch.tensor([0]))
     finally:
         for handle in handles:
             handle.remove()
-    return hidden, calls
+    return recorded
 
 
 def _keep(path: Path, model: PreTrainedModel, done: dict[str, Any]) -> None:

@@ -67,19 +67,28 @@ def prune(model: PreTrainedModel, options: dict[str, Any], calibration: Calibrat
 
     def change(block: Block) -> Change:
         made = Change()
-        for name, layer in block.layers.items():
-            choose, span = chooser(chosen, sparsity.get(block.name, 0.0))
-            weight, moment = layer.weight.detach(), block.moments()[name]
-            if chosen.score == "sparsegpt":
-                weight, keep = cut(weight, moment, choose, span)
-            else:
-                score = weight.float().abs()
-                keep = choose(score * moment.diagonal().sqrt() if chosen.score == "wanda" else score)
-            made.modules[name] = PackedLinear.pack(layer, Packing("native", sparse=True), weight=weight, keep=keep)
-            made.notes[name] = {"kept": round(float(keep.float().mean()), 6)}
+        choose, span = chooser(chosen, sparsity.get(block.name, 0.0))
+        for group in block.groups():
+            for name, (weight, keep) in _pruned(group, block.moments()[next(iter(group))], chosen.score, choose, span).items():
+                packing = Packing("native", sparse=True)
+                made.modules[name] = PackedLinear.pack(group[name], packing, weight=weight, keep=keep)
+                made.notes[name] = {"kept": round(float(keep.float().mean()), 6)}
         return made
 
     return each_block(model, calibration, "prune", change)
+
+
+def _pruned(
+    group: dict[str, nn.Linear], moment: Tensor, score: str, choose: Choose, span: int
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Layer -> (values, pattern) of layers that read the same input."""
+    if score == "sparsegpt":
+        sizes = [layer.out_features for layer in group.values()]
+        values, keep = cut(torch.cat([layer.weight.detach() for layer in group.values()]), moment, choose, span)
+        return dict(zip(group, zip(values.split(sizes), keep.split(sizes), strict=True), strict=True))
+    norms = moment.diagonal().sqrt() if score == "wanda" else torch.ones(len(moment))
+    weights = {name: layer.weight.detach() for name, layer in group.items()}
+    return {name: (weight, choose(weight.float().abs() * norms)) for name, weight in weights.items()}
 
 
 def chooser(options: Options, sparsity: float) -> tuple[Choose, int]:

@@ -75,7 +75,13 @@ def quantize(model: PreTrainedModel, options: dict[str, Any], calibration: Calib
     chosen = parse(Options, "quantize", options)
 
     def change(block: Block) -> Change:
-        return Change({name: _quantize(name, layer, block, chosen) for name, layer in block.layers.items()})
+        if chosen.format == "nf4":
+            return Change({name: Nf4Linear.pack(layer) for name, layer in block.layers.items()})
+        made = Change()
+        for group in block.groups():
+            first = next(iter(group))
+            made.modules |= _packed(group, block.moments()[first], block.largest()[first], chosen)
+        return made
 
     report = each_block(model, calibration, "quantize", change)
     if chosen.embeddings == "int8":
@@ -85,23 +91,28 @@ def quantize(model: PreTrainedModel, options: dict[str, Any], calibration: Calib
     return report
 
 
-def _quantize(name: str, layer: nn.Linear, block: Block, options: Options) -> nn.Module:
-    if options.format == "nf4":
-        if isinstance(layer, PackedLinear):
-            raise CaloraError(f"quantize {name} to nf4", "a dense layer", "a pruned one", "use int8 or int4 after pruning")
-        return Nf4Linear.pack(layer)
-    weight, keep = dense_weight(layer, torch.float32), layer.keep if isinstance(layer, PackedLinear) else None
-    outliers: Tensor | None = None
-    if options.outliers:
-        outliers = (block.largest()[name] >= options.outliers).nonzero().flatten()
+def _packed(group: dict[str, nn.Linear], moment: Tensor, largest: Tensor, options: Options) -> dict[str, nn.Module]:
+    """Layers that read the same input, quantised: GPTQ goes through their columns together."""
+    layers = list(group.values())
+    weight, dtype = torch.cat([dense_weight(layer, torch.float32) for layer in layers]), layers[0].weight.dtype
+    patterns = [layer.keep for layer in layers if isinstance(layer, PackedLinear)]
+    keep = torch.cat([pattern for pattern in patterns if pattern is not None]) if patterns else None
+    outliers = (largest >= options.outliers).nonzero().flatten() if options.outliers else None
     inliers = weight if outliers is None else weight.clone().index_fill_(1, outliers, 0)
-    group, dtype = options.group or layer.in_features, layer.weight.dtype
-    grid = fit_grid(inliers, BITS[options.format], group, options.symmetric, dtype)
+    span = options.group or layers[0].in_features
+    grid = fit_grid(inliers, BITS[options.format], span, options.symmetric, dtype)
     if options.rounding == "gptq":
-        rounded = round_to(inliers, block.moments()[name], grid, keep)
+        rounded = round_to(inliers, moment, grid, keep)
         weight = rounded if outliers is None else rounded.index_copy_(1, outliers, weight[:, outliers])
-    packing = Packing(options.format, keep is not None, group, options.symmetric, 0 if outliers is None else len(outliers))
-    return PackedLinear.pack(layer, packing, weight=weight, keep=keep, grid=grid, outliers=outliers)
+    packing = Packing(options.format, keep is not None, span, options.symmetric, 0 if outliers is None else len(outliers))
+    packed: dict[str, nn.Module] = {}
+    start = 0
+    for name, layer in group.items():
+        rows = slice(start, start + layer.out_features)
+        start = rows.stop
+        own, pattern = grid.of_rows(rows), None if keep is None else keep[rows]
+        packed[name] = PackedLinear.pack(layer, packing, weight=weight[rows], keep=pattern, grid=own, outliers=outliers)
+    return packed
 
 
 def _embeddings(model: PreTrainedModel) -> dict[str, nn.Module]:

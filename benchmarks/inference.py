@@ -1,0 +1,180 @@
+"""Speed and memory of the packed models with and without adapter, beside bf16 dense + PEFT, in one run.
+
+`python -m benchmarks.inference [recipe ...]` after `make run` (it reads models/base and models/teacher/movies; recipes
+that are not in models/compressed are compressed into .cache/benchmarks first). Each row is a process of its own, so that its
+peak is its own; the rounds go through all rows in turn, and the best of each is shown. Adapters: the teacher's LoRA (q, k;
+rank 32), and the same with a bypass of rank 32 beside all seven linear layers (CA-LoRA; its values do not change its speed).
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROUNDS = 3
+PROMPTS, LENGTH, NEW = 16, 32, 48  # texts a batch, tokens a text, tokens decoded after one text
+ADAPTERS = ("none", "LoRA", "CA-LoRA")
+# The speed-up that the paper's table would quote: the base's bytes by those of the linear layers' weights.
+DENSE = "bf16 dense"
+
+
+def folder_of(recipe: str) -> Path:
+    """Where the compressed model is."""
+    made = Path("models/compressed") / recipe
+    return made if (made / "compression.json").exists() else Path(".cache/benchmarks") / recipe
+
+
+def make(recipe: str) -> None:
+    """Compress the base by a recipe of params.yaml, unless that was done."""
+    from calora.compressed import save
+    from calora.compression import Calibration, compress
+    from calora.models import load_model, load_tokenizer
+    from calora.tasks import Example, read_rows
+    from stages.common import BASE, CALIBRATION
+    from stages.config import load_params
+
+    if not (folder_of(recipe) / "compression.json").exists():
+        tokenizer = load_tokenizer(BASE)
+        examples = [Example(tokenizer(row["text"]).input_ids) for row in read_rows(CALIBRATION, "run `dvc repro calibration`")]
+        model = load_model(BASE, torch.bfloat16)
+        save(model, compress(model, load_params().compressions[recipe], Calibration(examples)), folder_of(recipe), BASE)
+
+
+def opened(recipe: str, adapter: str) -> Any:
+    """The model as a user opens it, with its adapter on."""
+    teacher = Path("models/teacher/movies")
+    if recipe == DENSE:
+        from transformers import AutoModelForCausalLM
+
+        model: Any = AutoModelForCausalLM.from_pretrained("models/base", dtype=torch.bfloat16)
+        if adapter != "none":
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, teacher, autocast_adapter_dtype=False)
+        return model.eval()
+    import calora
+
+    model = calora.load(folder_of(recipe))
+    if adapter != "none":
+        from calora.adapters import attach_adapter, read_plain_lora, set_active
+        from calora.calibrate import linear_layers
+        from calora.inheritance import carry_lora, random_bypasses
+
+        made, _ = carry_lora(model, read_plain_lora(teacher), model.calora_origin)
+        if adapter == "CA-LoRA":
+            bypasses = random_bypasses(linear_layers(model), 32, "gelu")
+            made.recovery, made.meta = {key: value.bfloat16() for key, value in bypasses.items()}, {"activation": "gelu"}
+        attach_adapter(model, made, "a")
+        set_active(model, "a")
+    return model
+
+
+def measure(recipe: str, adapter: str) -> dict[str, float]:
+    """Tokens a second of one text's prefill, of a batch's, and of decoding; seconds to load; MB at the peak, and before."""
+    import transformers  # noqa: F401  # what every row needs is not a row's own memory
+
+    before = resident()
+    start = time.monotonic()
+    model = opened(recipe, adapter)
+    loading = time.monotonic() - start
+    ids = torch.randint(100, 40000, (PROMPTS, LENGTH), generator=torch.Generator().manual_seed(0))
+    found = {"load": loading}
+    with torch.no_grad():
+        for name, batch in (("p1", ids[:1]), ("p16", ids)):
+            seconds = best(lambda batch=batch: model(input_ids=batch, use_cache=False, logits_to_keep=1))
+            found[name] = batch.numel() / seconds
+        options = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids[:1])}
+        one = best(lambda: model.generate(input_ids=ids[:1], max_new_tokens=1, min_new_tokens=1, **options))
+        more = best(lambda: model.generate(input_ids=ids[:1], max_new_tokens=NEW, min_new_tokens=NEW, **options))
+        found["decode"] = (NEW - 1) / (more - one)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {**found, "peak": peak, "own": peak - before}
+
+
+def resident() -> float:
+    """MB of this process now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+
+def best(call: Any, times: int = 4) -> float:
+    """Seconds of the fastest of a few calls, after one that warms up."""
+    call()
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def main() -> None:
+    """All rows, in turn, and the table."""
+    if sys.argv[1:2] == ["--row"]:
+        print(json.dumps(measure(sys.argv[2], sys.argv[3])))
+        return
+    from stages.config import load_params
+
+    recipes = sys.argv[1:] or list(load_params().compressions)
+    for recipe in recipes:
+        make(recipe)
+    rows = [(DENSE, "none"), (DENSE, "LoRA"), *((recipe, adapter) for recipe in recipes for adapter in ADAPTERS)]
+    found: dict[tuple[str, str], list[dict[str, float]]] = {row: [] for row in rows}
+    for _ in range(ROUNDS):
+        for row in rows:
+            command = [sys.executable, "-m", "benchmarks.inference", "--row", *row]
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
+            found[row].append(json.loads(output.splitlines()[-1]))
+            print(row, found[row][-1], file=sys.stderr, flush=True)
+    print(table(found))
+
+
+def table(found: dict[tuple[str, str], list[dict[str, float]]]) -> str:
+    """Markdown; ratios are to bf16 dense with PEFT's LoRA (with an adapter) or without one."""
+    lines = [
+        "| model | adapter | prefill 1 | prefill 16 | decode | peak MB | own MB | load s | MB on disk | ideal |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    whole = sum(file.stat().st_size for file in Path("models/base").glob("*.safetensors"))
+    best_of = {
+        row: {key: (max if key in ("p1", "p16", "decode") else min)(r[key] for r in runs) for key in runs[0]}
+        for row, runs in found.items()
+    }
+    for (recipe, adapter), b in best_of.items():
+        folder = Path("models/base") if recipe == DENSE else folder_of(recipe)
+        size = sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
+        base = best_of[(DENSE, "none" if adapter == "none" else "LoRA")]
+        cells = [f"{b[key]:.0f} ({b[key] / base[key]:.2f}x)" for key in ("p1", "p16", "decode", "peak", "own")]
+        ideal = f"{ideal_speed_up(folder) if recipe != DENSE else 1.0:.1f}x"
+        lines.append(f"| {recipe} | {adapter} | {' | '.join(cells)} | {b['load']:.1f} | {size / 1e6:.0f} ({size / whole:.2f}) | {ideal} |")
+    return "\n".join(lines)
+
+
+def ideal_speed_up(folder: Path) -> float:
+    """What the paper's table quotes: bytes of the linear layers before, by those that a token reads after."""
+    report = json.loads((folder / "compression.json").read_text())
+    before = after = 0.0
+    for name, entry in report["layers"].items():
+        if entry["kind"] not in ("experts", "embedding"):
+            before += entry["bytes_before"]
+            after += entry["bytes_after"] * share_used(name, report["layers"])
+    untouched = {n: size for n, size in report["untouched"].items() if n.endswith("proj.weight")}
+    return (before + sum(untouched.values())) / (after + sum(untouched.values()))
+
+
+def share_used(layer: str, layers: dict[str, Any]) -> float:
+    """Share of a layer that one token uses: less than 1 in a feed-forward of experts."""
+    owner = layers.get(layer.rpartition(".")[0], {})
+    if owner.get("kind") != "experts":
+        return 1.0
+    return (owner["active"] + owner["shared"]) / (owner["experts"] + owner["shared"])
+
+
+if __name__ == "__main__":
+    main()
