@@ -42,7 +42,9 @@ def make(recipe: str) -> None:
 
     if not (folder_of(recipe) / "compression.json").exists():
         tokenizer = load_tokenizer(BASE)
-        examples = [Example(tokenizer(row["text"]).input_ids) for row in read_rows(CALIBRATION, "run `dvc repro calibration`")]
+        examples = [
+            Example(tokenizer(row["text"]).input_ids) for row in read_rows(CALIBRATION, "run `dvc repro calibration`")
+        ]
         model = load_model(BASE, torch.bfloat16)
         save(model, compress(model, load_params().compressions[recipe], Calibration(examples)), folder_of(recipe), BASE)
 
@@ -70,7 +72,10 @@ def opened(recipe: str, adapter: str) -> Any:
         made, _ = carry_lora(model, read_plain_lora(teacher), model.calora_origin)
         if adapter == "CA-LoRA":
             bypasses = random_bypasses(linear_layers(model), 32, "gelu")
-            made.recovery, made.meta = {key: value.bfloat16() for key, value in bypasses.items()}, {"activation": "gelu"}
+            made.recovery, made.meta = (
+                {key: value.bfloat16() for key, value in bypasses.items()},
+                {"activation": "gelu"},
+            )
         attach_adapter(model, made, "a")
         set_active(model, "a")
     return model
@@ -129,7 +134,9 @@ def main() -> None:
     for _ in range(ROUNDS):
         for row in rows:
             command = [sys.executable, "-m", "benchmarks.inference", "--row", *row]
-            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
+            output = subprocess.run(
+                command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            ).stdout
             found[row].append(json.loads(output.splitlines()[-1]))
             print(row, found[row][-1], file=sys.stderr, flush=True)
     print(table(found))
@@ -152,7 +159,9 @@ def table(found: dict[tuple[str, str], list[dict[str, float]]]) -> str:
         base = best_of[(DENSE, "none" if adapter == "none" else "LoRA")]
         cells = [f"{b[key]:.0f} ({b[key] / base[key]:.2f}x)" for key in ("p1", "p16", "decode", "peak", "own")]
         ideal = f"{ideal_speed_up(folder) if recipe != DENSE else 1.0:.1f}x"
-        lines.append(f"| {recipe} | {adapter} | {' | '.join(cells)} | {b['load']:.1f} | {size / 1e6:.0f} ({size / whole:.2f}) | {ideal} |")
+        lines.append(
+            f"| {recipe} | {adapter} | {' | '.join(cells)} | {b['load']:.1f} | {size / 1e6:.0f} ({size / whole:.2f}) | {ideal} |"
+        )
     return "\n".join(lines)
 
 

@@ -8,13 +8,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from calora.adapters import attach_adapter, read_adapter, set_active
-from calora.artifacts import check_tensors, fingerprint, read_json, read_tensors, stored_tensors, whole_directory, write_json, write_tensors
+from calora.artifacts import (
+    check_tensors,
+    fingerprint,
+    read_json,
+    read_tensors,
+    stored_tensors,
+    whole_directory,
+    write_json,
+    write_tensors,
+)
 from calora.errors import CaloraError
 from calora.evaluate import predict
 from calora.formats import quantization_config, stored_as

@@ -48,6 +48,8 @@ class Experts(nn.Module):
     """The feed-forward with its router. Wrap an existing one with `wrap`."""
 
     routing: Routing
+    act: nn.Module
+    router: nn.ParameterList
 
     @classmethod
     def wrap(cls, dense: nn.Module, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Experts:
@@ -63,7 +65,9 @@ class Experts(nn.Module):
         for name in (*made.routing.inputs, made.routing.output):
             setattr(made, name, getattr(dense, name))
         made.act = activation_of(dense)
-        made.router = nn.ParameterList([nn.Parameter(tensors[f"router.{i}"], requires_grad=False) for i in range(len(tensors))])
+        made.router = nn.ParameterList(
+            [nn.Parameter(tensors[f"router.{i}"], requires_grad=False) for i in range(len(tensors))]
+        )
         return made
 
     def describe(self) -> dict[str, Any]:
@@ -79,7 +83,7 @@ class Experts(nn.Module):
         if self.routing.router == "learned":
             down, up, bias = (tensor.to(x.dtype) for tensor in self.router)
             return F.linear(F.linear(x, down), up, bias)
-        activity = self.act(F.linear(x, self.router[0].to(x.dtype)))
+        activity: Tensor = self.act(F.linear(x, self.router[0].to(x.dtype)))
         if len(self.router) > 1:
             activity = activity * F.linear(x, self.router[1].to(x.dtype))
         return activity.abs()
@@ -101,7 +105,9 @@ class Experts(nn.Module):
             hidden = self.act(getattr(self, routing.inputs[0])(x))
             for name in routing.inputs[1:]:
                 hidden = hidden * getattr(self, name)(x)
-            mask = torch.zeros(*x.shape[:-1], routing.experts, dtype=hidden.dtype, device=x.device).scatter_(-1, chosen, 1.0)
+            mask = torch.zeros(*x.shape[:-1], routing.experts, dtype=hidden.dtype, device=x.device).scatter_(
+                -1, chosen, 1.0
+            )
             mask = torch.cat([mask.new_ones(*x.shape[:-1], routing.shared), mask], dim=-1)
             hidden = hidden * mask.repeat_interleave(routing.size, dim=-1)
             out: Tensor = getattr(self, routing.output)(hidden)
@@ -119,6 +125,7 @@ class Experts(nn.Module):
             shared = torch.arange(self.routing.shared, device=chosen.device)
             chosen = torch.cat([shared, chosen.unique() + self.routing.shared])
         for layer in layers:
+            assert isinstance(layer, ExpertLinear)
             layer.chosen = chosen
         return True
 
@@ -127,7 +134,11 @@ class Experts(nn.Module):
         for name in (*self.routing.inputs, self.routing.output):
             layer = getattr(self, name)
             if ExpertLinear.takes(layer):
-                setattr(self, name, ExpertLinear(layer, self.routing.experts + self.routing.shared, name == self.routing.output))
+                setattr(
+                    self,
+                    name,
+                    ExpertLinear(layer, self.routing.experts + self.routing.shared, name == self.routing.output),
+                )
 
     def extra_repr(self) -> str:
         """The routing, as `print(model)` shows it."""
@@ -141,7 +152,9 @@ def activation_of(dense: nn.Module) -> nn.Module:
         if hasattr(dense, name):
             found: nn.Module = getattr(dense, name)
             return found
-    raise CaloraError(type(dense).__name__, "a feed-forward with act or act_fn", "none", "leave `moefy` out for this base")
+    raise CaloraError(
+        type(dense).__name__, "a feed-forward with act or act_fn", "none", "leave `moefy` out for this base"
+    )
 
 
 def base_of(layer: nn.Module) -> nn.Module:
@@ -167,7 +180,7 @@ class ExpertLinear(nn.Linear):
             values = values.T.contiguous()
         self.weight = nn.Parameter(values.view(experts, -1, values.shape[1]), requires_grad=False)
         self.bias = layer.bias
-        self.dtype = layer.dtype if packed else layer.weight.dtype
+        self.dtype: torch.dtype = layer.dtype if isinstance(layer, PackedLinear) else layer.weight.dtype
 
     @staticmethod
     def takes(layer: nn.Module) -> bool:
@@ -181,7 +194,11 @@ class ExpertLinear(nn.Linear):
         values = self.weight.detach().flatten(0, 1)
         if self.columns:
             values = values.T
-        return values.to(dtype) if self.scale is None else (values.float() * self.scale.float().unsqueeze(1)).to(self.dtype).to(dtype)
+        return (
+            values.to(dtype)
+            if self.scale is None
+            else (values.float() * self.scale.float().unsqueeze(1)).to(self.dtype).to(dtype)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""

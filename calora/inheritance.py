@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from peft import LoraConfig
 from calora.adapters import Adapter, attach_adapter, check_targets, lora_config, lora_scale, set_active
 from calora.calibrate import input_second_moments, linear_layers
 from calora.errors import CaloraError
@@ -53,7 +53,9 @@ def carry_lora(model: PreTrainedModel, teacher: Adapter, origin: Origin) -> tupl
     return Adapter(config, lora, {}, dict(teacher.meta)), {"mapped": mapped, "sliced": sliced, "dropped": dropped}
 
 
-def _renumbered(config: LoraConfig, mapped: Mapping[str, Any], lora: Mapping[str, Tensor], origin: Origin) -> LoraConfig:
+def _renumbered(
+    config: LoraConfig, mapped: Mapping[str, Any], lora: Mapping[str, Tensor], origin: Origin
+) -> LoraConfig:
     """The configuration with every layer by its new name: patterns of the old one may name layers by number."""
     ranks = {layer: lora[f"{layer}.lora_A.weight"].shape[0] for layer in mapped}
     scales = {layer: lora_scale(config, origin.source(layer)) for layer in mapped}

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calora.nf4 import Nf4Linear
 from calora.experts import ExpertLinear, Experts
+from calora.nf4 import Nf4Linear
 from calora.packed import PackedEmbedding, PackedLinear, Packing
 
 
@@ -78,7 +78,7 @@ def build(
         if dense and not isinstance(made, Experts):
             dtype: torch.dtype = getattr(torch, entries[layer]["dtype"])
             made = dense_view(made, dtype)
-        elif ready and hasattr(made, "prepare"):
+        elif ready and isinstance(made, PackedLinear | Nf4Linear | Experts):
             made.prepare()
         model.set_submodule(layer, made)
     model.load_state_dict({name: read(name) for name in names if name not in done}, strict=False, assign=True)

@@ -25,5 +25,5 @@ def compensated(weight: Tensor, moment: Tensor, kept: Tensor) -> Tensor:
         return weight[:, kept].clone()
     own = moment[kept][:, kept].double()
     own.diagonal().add_(DAMPING * own.diagonal().mean().clamp_min(1e-12))
-    told = torch.linalg.solve(own, moment[kept][:, cut].double()).T.float()  # [R, S]
+    told: Tensor = torch.linalg.solve(own, moment[kept][:, cut].double()).T.float()  # [R, S]
     return (weight[:, kept].float() + weight[:, cut].float() @ told).to(weight.dtype)

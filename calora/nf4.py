@@ -65,7 +65,9 @@ class Nf4Linear(nn.Linear):
 
     def statistics(self) -> dict[str, Tensor]:
         """The tensors beside the codes, by bitsandbytes' names."""
-        return {THEIRS if name == STATE else name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+        return {
+            THEIRS if name == STATE else name: tensor for name, tensor in self._buffers.items() if tensor is not None
+        }
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         """W [out, in] in `dtype`."""

@@ -71,7 +71,9 @@ class Origin:
             source = self.source(layer)
             a, b = f"{source}.lora_A.weight", f"{source}.lora_B.weight"
             if (a in lora) != (b in lora):
-                raise CaloraError(f"inherited layer {source}", "both lora_A and lora_B", "one of them", "retrain the adapter")
+                raise CaloraError(
+                    f"inherited layer {source}", "both lora_A and lora_B", "one of them", "retrain the adapter"
+                )
             if a in lora:
                 carried[f"{layer}.lora_A.weight"] = self.slice_columns(layer, lora[a]).clone()
                 carried[f"{layer}.lora_B.weight"] = self.slice_rows(layer, lora[b]).clone()
@@ -79,7 +81,12 @@ class Origin:
         dropped = sorted(set(lora) - used)
         for key in dropped:
             if not self._was_cut(key):
-                raise CaloraError(f"inherited tensor {key}", "a linear layer of the compressed base", "none of that name", "use an adapter of this base")
+                raise CaloraError(
+                    f"inherited tensor {key}",
+                    "a linear layer of the compressed base",
+                    "none of that name",
+                    "use an adapter of this base",
+                )
         return carried, dropped
 
     def _was_cut(self, key: str) -> bool:

@@ -9,30 +9,34 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from calora.layout import build, prepare
 
 METHOD = "calora"
+INITIALISED = "_is_hf_initialized"
 
 
 @register_quantization_config(METHOD)
-class CaloraConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class CaloraConfig(QuantizationConfigMixin):
     """`quantization_config` of config.json: how each layer is stored, and which tensors are one."""
 
-    def __init__(self, layers: dict[str, Any], tied: dict[str, str], **_: Any) -> None:
-        self.quant_method, self.layers, self.tied = METHOD, layers, tied
+    def __init__(self, layers: dict[str, Any], tied: dict[str, str], **rest: Any) -> None:
+        self.quant_method = METHOD  # type: ignore[assignment]  # transformers takes any registered name
+        self.layers, self.tied = layers, tied
 
 
 @register_quantizer(METHOD)
-class CaloraQuantizer(HfQuantizer):  # type: ignore[misc]
+class CaloraQuantizer(HfQuantizer):
     """Puts the packed layers in place, lets transformers fill them, then brings them into the form that computes."""
 
     requires_calibration = True
+    quantization_config: CaloraConfig
 
     def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, checkpoint_files: Sequence[str] = (), **_: Any
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] = (), **rest: Any
     ) -> None:
         empty: dict[str, Tensor] = {}
         for path in checkpoint_files:
@@ -44,15 +48,15 @@ class CaloraQuantizer(HfQuantizer):  # type: ignore[misc]
         build(model, config.layers, empty, config.tied)
         for layer in config.layers:  # transformers would set the weights of layers (and of what holds them) at random
             while layer:
-                model.get_submodule(layer)._is_hf_initialized = True
+                setattr(model.get_submodule(layer), INITIALISED, True)
                 layer = layer.rpartition(".")[0]
 
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **rest: Any) -> None:
         if model.device.type == "cpu":
             prepare(model)
-        for alias, name in self.quantization_config.tied.items():
+        for alias, stored in self.quantization_config.tied.items():
             owner, _, part = alias.rpartition(".")
-            source, _, own = name.rpartition(".")
+            source, _, own = stored.rpartition(".")
             setattr(model.get_submodule(owner), part, getattr(model.get_submodule(source), own))
 
     def is_serializable(self) -> bool:

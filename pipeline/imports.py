@@ -1,11 +1,12 @@
 """Which files a stage uses: its static imports, followed through stages/ and calora/.
 
-`python -m pipeline.imports` prints them for each stage, as they belong into the `deps` of dvc.yaml.
+`python -m pipeline.imports` writes them into the `deps` of dvc.yaml.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,7 +51,22 @@ def code_of(stage: str) -> list[str]:
     return sorted(seen, key=lambda file: (file != f"stages/{stage}.py", file))
 
 
+def with_deps(text: str) -> str:
+    """dvc.yaml with each stage's code among its deps, after its data."""
+    lines: list[str] = []
+    stage, ours = "", re.compile(r"\s+- (calora|stages)/")
+    for line in text.splitlines():
+        if match := re.match(r"  (\w+):$", line):
+            stage = match[1]
+        if ours.match(line):
+            continue
+        if lines and re.match(r"\s+params: ", line) and stage:
+            indent = " " * (len(line) - len(line.lstrip()) + 2)
+            lines += [f"{indent}- {file}" for file in code_of(stage)]
+        lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
 if __name__ == "__main__":
-    for path in sorted((ROOT / "stages").glob("*.py")):
-        if "__main__" in path.read_text(encoding="utf-8"):
-            print(f"{path.stem}: [{', '.join(code_of(path.stem))}]")
+    path = ROOT / "dvc.yaml"
+    path.write_text(with_deps(path.read_text(encoding="utf-8")), encoding="utf-8")

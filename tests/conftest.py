@@ -45,9 +45,7 @@ def make_tokenizer(folder: Path, end: bool) -> None:
     ).save_pretrained(folder)
 
 
-def make_model(
-    kind: str, folder: Path, dtype: torch.dtype = torch.bfloat16, hidden: int = 32, inner: int = 48
-) -> Path:
+def make_model(kind: str, folder: Path, dtype: torch.dtype = torch.bfloat16, hidden: int = 32, inner: int = 48) -> Path:
     torch.manual_seed(0)
     size = len(WORDS) + 3
     if kind == "llama":

@@ -47,4 +47,4 @@ def test_calora_knows_no_project_paths():
 def test_deps_name_all_code_that_a_stage_uses(stage):
     body = STAGES[stage].get("do", STAGES[stage])
     code = [dep for dep in body["deps"] if dep.startswith(("calora/", "stages/"))]
-    assert sorted(code) == sorted(code_of(stage)), "run `python -m pipeline.imports` and copy its line"
+    assert sorted(code) == sorted(code_of(stage)), "run `python -m pipeline.imports`"

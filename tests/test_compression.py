@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import calora
-import calora.plugin  # noqa: F401  # from_pretrained then knows our format
+import calora.plugin  # from_pretrained then knows our format
 from calora.artifacts import bytes_on_disk, read_json
 from calora.calibrate import linear_layers
 from calora.codes import fit_grid, pack_mask, pack_nibbles, pack_words, unpack_mask, unpack_nibbles, unpack_words
@@ -22,7 +22,6 @@ from calora.layout import dense_weight, prepare
 from calora.models import load_model
 from calora.nf4 import Nf4Linear
 from calora.packed import PackedLinear, Packing
-from calora.tasks import Example
 from tests.conftest import make_model
 
 PRUNE, INT8 = {"prune": {"score": "wanda", "pattern": "2:4"}}, {"quantize": {"format": "int8", "embeddings": "int8"}}
@@ -155,7 +154,9 @@ def test_gptq_beats_nearest_and_sparsegpt_beats_wanda_beats_magnitude():
     weight, x = correlated()
     x *= 10 ** torch.rand(32)  # inputs of unlike size, as in a real model
     moment, grid = x.T @ x, fit_grid(weight, 4, 32, True, torch.float32)
-    assert lost(weight, round_to(weight, moment, grid, None), x) < 0.7 * lost(weight, grid.decode(grid.encode(weight)), x)
+    assert lost(weight, round_to(weight, moment, grid, None), x) < 0.7 * lost(
+        weight, grid.decode(grid.encode(weight)), x
+    )
     new, keep = cut(weight, moment, lambda score: keep_n_of_m(score, 2, 4), 4)
     assert torch.equal(new != 0, keep)
     wanda = lost(weight, weight * keep_n_of_m(weight.abs() * moment.diagonal().sqrt(), 2, 4), x)
@@ -180,9 +181,17 @@ def test_packing_stores_the_values_it_was_given(format, sparse, symmetric):
     values = layer.weight.detach() if keep is None else layer.weight.detach() * keep
     grid = None
     if format != "native":
-        grid = fit_grid(values, 8 if format == "int8" else 4, 64 if format == "int8" else 32, symmetric or format == "int8", torch.bfloat16)
+        grid = fit_grid(
+            values,
+            8 if format == "int8" else 4,
+            64 if format == "int8" else 32,
+            symmetric or format == "int8",
+            torch.bfloat16,
+        )
         values = grid.decode(grid.encode(values)).bfloat16()
-    packed = PackedLinear.pack(layer, Packing(format, sparse, 64 if format == "int8" else 32, symmetric), keep=keep, grid=grid)
+    packed = PackedLinear.pack(
+        layer, Packing(format, sparse, 64 if format == "int8" else 32, symmetric), keep=keep, grid=grid
+    )
     if grid is not None and grid.zero is not None and keep is not None:
         values = values * keep
     assert torch.equal(packed.dense_weight(torch.bfloat16), values)
@@ -223,7 +232,9 @@ def test_recipe_round_trip(tmp_path, calibration, kind, name):
         made = dense_weight(linear_layers(before)[layer], torch.bfloat16)
         assert torch.equal(module.weight, made)
         # torch's int4 kernel keeps zero * scale in bf16
-        torch.testing.assert_close(dense_weight(linear_layers(packed)[layer], torch.bfloat16), made, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(
+            dense_weight(linear_layers(packed)[layer], torch.bfloat16), made, rtol=1e-2, atol=1e-2
+        )
         if "up" in name and name != "up_free":
             size = 8 if name == "q4_up" else 4
             groups = made.view(len(made), -1, size)
@@ -239,7 +250,9 @@ def test_recipe_round_trip(tmp_path, calibration, kind, name):
         torch.testing.assert_close(packed(**inputs).logits, expected, rtol=3e-2, atol=3e-2)
         torch.testing.assert_close(plain(**inputs).logits, expected, rtol=3e-2, atol=3e-2)
     method = getattr(plain.config, "quantization_config", None)
-    assert (method and str(getattr(method.quant_method, "value", method.quant_method))) == METHODS.get((name, kind), "calora")
+    assert (method and str(getattr(method.quant_method, "value", method.quant_method))) == METHODS.get(
+        (name, kind), "calora"
+    )
     stored = read_json(out / "compression.json", "")
     assert stored["bytes_without_this_report"] == bytes_on_disk(out) - (out / "compression.json").stat().st_size
     assert sum(e["bytes_after"] for e in stored["layers"].values()) >= 0
@@ -257,7 +270,10 @@ def test_a_later_block_is_calibrated_on_what_the_earlier_ones_became(tmp_path, c
 
     def change(block: Block) -> Change:
         seen[block.name] = block.moments()
-        halved = {name: nn.Linear(layer.in_features, layer.out_features, bias=False, dtype=torch.bfloat16) for name, layer in block.layers.items()}
+        halved = {
+            name: nn.Linear(layer.in_features, layer.out_features, bias=False, dtype=torch.bfloat16)
+            for name, layer in block.layers.items()
+        }
         for name, layer in halved.items():
             layer.weight.data = block.layers[name].weight.data / 2
         return Change(dict(halved))
@@ -395,5 +411,3 @@ def test_all_experts_active_is_the_dense_feed_forward(tmp_path, calibration):
     compress(model, [{"moefy": {**EXPERTS, "active": 0.99, "shared": 3}}], calibration)
     ids = torch.tensor([[3, 5, 9, 12]])
     torch.testing.assert_close(model(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-5)
-
-

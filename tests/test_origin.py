@@ -61,8 +61,12 @@ def test_cutting_only_silent_neurons_changes_nothing(tmp_path, toy, compensate, 
     before, after, told, adapter, teacher = shrunk(tmp_path, toy, silence, step, ["q_proj", "up_proj", "down_proj"])
     torch.testing.assert_close(after, before, **EXACT)
     name = "model.layers.1.mlp"
-    assert torch.equal(adapter.lora[f"{name}.up_proj.lora_B.weight"], teacher.lora[f"{name}.up_proj.lora_B.weight"][1::2])
-    assert torch.equal(adapter.lora[f"{name}.down_proj.lora_A.weight"], teacher.lora[f"{name}.down_proj.lora_A.weight"][:, 1::2])
+    assert torch.equal(
+        adapter.lora[f"{name}.up_proj.lora_B.weight"], teacher.lora[f"{name}.up_proj.lora_B.weight"][1::2]
+    )
+    assert torch.equal(
+        adapter.lora[f"{name}.down_proj.lora_A.weight"], teacher.lora[f"{name}.down_proj.lora_A.weight"][:, 1::2]
+    )
     assert told["sliced"][f"{name}.up_proj"] == [32, 48] and told["mapped"][f"{name}.up_proj"] == [32, 24]
 
 
@@ -87,7 +91,9 @@ def test_cutting_only_a_silent_layer_changes_nothing_and_is_told(tmp_path, toy, 
     step = {"shrink": {"importance": importance, "compensate": False, "layers": 0.5}}
     before, after, told, adapter, teacher = shrunk(tmp_path, toy, silence, step, ["q_proj", "gate_proj"])
     torch.testing.assert_close(after, before, **EXACT)
-    assert {key.split(".lora_")[0] for key in told["dropped"]} == {f"model.layers.0.{n}" for n in ("self_attn.q_proj", "mlp.gate_proj")}
+    assert {key.split(".lora_")[0] for key in told["dropped"]} == {
+        f"model.layers.0.{n}" for n in ("self_attn.q_proj", "mlp.gate_proj")
+    }
     now, then = "model.layers.0.self_attn.q_proj.lora_A.weight", "model.layers.1.self_attn.q_proj.lora_A.weight"
     assert torch.equal(adapter.lora[now], teacher.lora[then])
 
@@ -108,7 +114,9 @@ def test_the_warm_start_of_a_cut_layer_is_zero_where_nothing_was_lost(tmp_path, 
             layer.mlp.down_proj.weight[:, ::2] = 0
     model.save_pretrained(base)
     whole, model = load_model(base, torch.float32), load_model(base, torch.float32)
-    report = compress(model, [{"shrink": {"importance": "activation", "compensate": True, "neurons": 0.5}}], Calibration(toy[2]))
+    report = compress(
+        model, [{"shrink": {"importance": "activation", "compensate": True, "neurons": 0.5}}], Calibration(toy[2])
+    )
     teacher = teacher_of(load_model(base, torch.float32), ["q_proj"])
     origin = Origin(report["kept"], report["layers_kept"])
     options = {"targets": ["down_proj", "up_proj"], "rank": 4, "activation": "gelu", "start": "weighted_error"}
@@ -130,7 +138,10 @@ def test_compensation_is_the_least_squares_fit():
 
 def test_a_lora_of_another_base_is_refused():
     with pytest.raises(CaloraError, match=r"inherited tensor model\.layers\.9"):
-        Origin().carry({"model.layers.9.q.lora_A.weight": torch.ones(1), "model.layers.9.q.lora_B.weight": torch.ones(1)}, ["model.layers.0.q"])
+        Origin().carry(
+            {"model.layers.9.q.lora_A.weight": torch.ones(1), "model.layers.9.q.lora_B.weight": torch.ones(1)},
+            ["model.layers.0.q"],
+        )
     with pytest.raises(CaloraError, match="both lora_A and lora_B"):
         Origin().carry({"a.lora_A.weight": torch.ones(1)}, ["a"])
 
@@ -145,6 +156,13 @@ def test_smaller_models_are_ordinary_ones(tmp_path, toy):
     save(model, compress(model, [step], Calibration(toy[2])), tmp_path / "out", base)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
     assert not hasattr(plain.config, "quantization_config")
-    assert (plain.config.num_hidden_layers, plain.config.intermediate_size, plain.config.num_key_value_heads) == (1, 24, 1)
+    assert (plain.config.num_hidden_layers, plain.config.intermediate_size, plain.config.num_key_value_heads) == (
+        1,
+        24,
+        1,
+    )
     assert torch.equal(plain(IDS).logits, load(tmp_path / "out")(IDS).logits)
-    assert {n: tuple(m.weight.shape) for n, m in linear_layers(plain).items()}["model.layers.0.self_attn.q_proj"] == (16, 32)
+    assert {n: tuple(m.weight.shape) for n, m in linear_layers(plain).items()}["model.layers.0.self_attn.q_proj"] == (
+        16,
+        32,
+    )

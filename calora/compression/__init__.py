@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -102,7 +101,10 @@ def _described(model: nn.Module, before: dict[str, int], report: dict[str, Any])
     for name, notes in report["layers"].items():
         entry, tensors = store(model.get_submodule(name))
         owned |= {f"{name}.{key}" for key in tensors}
-        sizes = {"bytes_before": before.get(f"{name}.weight", 0), "bytes_after": sum(t.nbytes for t in tensors.values())}
+        sizes = {
+            "bytes_before": before.get(f"{name}.weight", 0),
+            "bytes_after": sum(t.nbytes for t in tensors.values()),
+        }
         layers[name] = {**entry, **sizes, "steps": notes}
     untouched = {name: tensor.nbytes for name, tensor in model.state_dict().items() if name not in owned}
     return {**report, "layers": layers, "untouched": untouched}
@@ -121,7 +123,9 @@ def check_recipe(recipe: Recipe) -> list[tuple[str, dict[str, Any]]]:
                 raise CaloraError("recipe", f"no {step} after {earlier}", f"one: {reason}", FIX)
         chosen = dict(options or {})
         if chosen.get("format") == "nf4" and any(earlier == "prune" for earlier, _ in steps):
-            raise CaloraError("recipe", "no nf4 after prune", "one: bitsandbytes stores no pattern; use int8 or int4", FIX)
+            raise CaloraError(
+                "recipe", "no nf4 after prune", "one: bitsandbytes stores no pattern; use int8 or int4", FIX
+            )
         steps.append((step, chosen))
     if not steps:
         raise CaloraError("recipe", "at least one step", "none", FIX)

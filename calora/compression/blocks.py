@@ -7,6 +7,7 @@ arXiv 2301.00774). A finished block is written to the checkpoint, so that a kill
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -243,20 +244,26 @@ def _change(model: PreTrainedModel, block: Block, change: Callable[[Block], Chan
     errors = {}
     for name, layer in block.layers.items():
         new = made.modules.get(name)
-        if isinstance(new, nn.Linear) and (new.in_features, new.out_features) == (layer.in_features, layer.out_features):
+        if isinstance(new, nn.Linear) and (new.in_features, new.out_features) == (
+            layer.in_features,
+            layer.out_features,
+        ):
             errors[name] = output_error(layer, new, moments[name])
     for name, new in made.modules.items():
         model.set_submodule(name, new)
     squares = [0.0, 0.0]
     now = Block(block.name, model.get_submodule(block.name), {}, block.recorded, block.index)
     for batch, after in enumerate(now.run()):
-        new, old = (real(x, block.recorded.masks[batch]).float() for x in (after, before[batch]))
-        check_finite(f"outputs of {block.name}", new)
-        squares[0] += float((new - old).square().sum())
-        squares[1] += float(old.square().sum())
+        had, has = (real(x, block.recorded.masks[batch]).float() for x in (before[batch], after))
+        check_finite(f"outputs of {block.name}", has)
+        squares[0] += float((has - had).square().sum())
+        squares[1] += float(had.square().sum())
         before[batch] = after
     block.recorded.hidden = before
-    notes = {name: {**made.notes.get(name, {}), **({"output_error": errors[name]} if name in errors else {})} for name in sorted({*made.notes, *errors})}
+    notes = {
+        name: {**made.notes.get(name, {}), **({"output_error": errors[name]} if name in errors else {})}
+        for name in sorted({*made.notes, *errors})
+    }
     return {
         "layers": notes,
         "blocks": {block.name: round((squares[0] / max(squares[1], 1e-30)) ** 0.5, 6)},
@@ -270,7 +277,7 @@ def output_error(old: nn.Module, new: nn.Module, moment: Tensor) -> float:
     before = dense_weight(old, torch.float32)
     error = before - dense_weight(new, torch.float32)
     lost, whole = float(((error @ moment) * error).sum()), float(((before @ moment) * before).sum())
-    return round((max(lost, 0.0) / max(whole, 1e-30)) ** 0.5, 6)
+    return round(math.sqrt(max(lost, 0.0) / max(whole, 1e-30)), 6)
 
 
 def _record(model: PreTrainedModel, stack: nn.ModuleList, examples: Sequence[Example]) -> Recorded:

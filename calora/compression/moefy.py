@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
@@ -56,7 +56,9 @@ class Options:
         if self.threshold is not None and not isinstance(self.threshold, int | float):
             raise CaloraError("moefy.threshold", "a number, or nothing", repr(self.threshold), FIX)
         if self.shared + 1 > round(self.active * self.experts):
-            raise CaloraError("moefy.shared", f"fewer than the {round(self.active * self.experts)} active experts", self.shared, FIX)
+            raise CaloraError(
+                "moefy.shared", f"fewer than the {round(self.active * self.experts)} active experts", self.shared, FIX
+            )
 
 
 def check(model: PreTrainedModel, options: dict[str, Any]) -> None:
@@ -69,9 +71,13 @@ def check(model: PreTrainedModel, options: dict[str, Any]) -> None:
                 raise CaloraError(f"moefy {part.name}", "a dense feed-forward", "experts", "moefy a model once")
             neurons = model.get_submodule(part.output).in_features
             if chosen.experts > int(neurons):  # type: ignore[arg-type]
-                raise CaloraError("moefy.experts", f"at most {neurons}, the neurons of {part.name}", chosen.experts, FIX)
+                raise CaloraError(
+                    "moefy.experts", f"at most {neurons}, the neurons of {part.name}", chosen.experts, FIX
+                )
             if int(neurons) % chosen.experts:  # type: ignore[arg-type]
-                raise CaloraError("moefy.experts", f"a divisor of {neurons}, the neurons of {part.name}", chosen.experts, FIX)
+                raise CaloraError(
+                    "moefy.experts", f"a divisor of {neurons}, the neurons of {part.name}", chosen.experts, FIX
+                )
 
 
 def moefy(model: PreTrainedModel, options: dict[str, Any], calibration: Calibration) -> dict[str, Any]:
@@ -106,7 +112,9 @@ def _split(block: Block, options: Options) -> Change:
     made = Change()
     for name in part.inputs:
         layer = block.layers[name]
-        made.modules[name] = dense_layer(layer.weight[order].clone(), None if layer.bias is None else layer.bias[order].clone())
+        made.modules[name] = dense_layer(
+            layer.weight[order].clone(), None if layer.bias is None else layer.bias[order].clone()
+        )
         made.kept[f"{name}.rows"] = order.int()
     made.modules[part.output] = dense_layer(reader.weight[:, order].clone(), reader.bias)
     made.kept[f"{part.output}.columns"] = order.int()
@@ -116,7 +124,9 @@ def _split(block: Block, options: Options) -> Change:
     dense = block.module.get_submodule(part.name.removeprefix(f"{block.name}."))
     experts = Experts.wrap(dense, vars(routing), stored)
     made.modules = {part.name: experts, **made.modules}  # the layers go into the new feed-forward
-    made.notes[part.name] = _told(experts, x, target, energy[:, shared].sum(-1)) | {"activation": type(activation_of(dense)).__name__}
+    made.notes[part.name] = _told(experts, x, target, energy[:, shared].sum(-1)) | {
+        "activation": type(activation_of(dense)).__name__
+    }
     return made
 
 
@@ -127,7 +137,10 @@ def _told(experts: Experts, x: Tensor, target: Tensor, shared: Tensor) -> dict[s
     whole = (target.sum(-1) + shared).clamp_min(1e-30)
     best = target.topk(experts.routing.active, dim=-1).values.sum(-1)
     found = target.gather(-1, chosen).sum(-1)
-    return {"energy": round(float(((found + shared) / whole).mean()), 4), "energy_of_the_best": round(float(((best + shared) / whole).mean()), 4)}
+    return {
+        "energy": round(float(((found + shared) / whole).mean()), 4),
+        "energy_of_the_best": round(float(((best + shared) / whole).mean()), 4),
+    }
 
 
 def _busiest(energy: Tensor, count: int) -> Tensor:
@@ -141,7 +154,8 @@ def project(activity: Tensor) -> Tensor:
     if activity.shape[1] <= FEATURES:
         return activity
     generator = torch.Generator().manual_seed(0)
-    return activity @ (torch.randn(activity.shape[1], FEATURES, generator=generator) / FEATURES**0.5)
+    directions = torch.randn(activity.shape[1], FEATURES, generator=generator) / FEATURES**0.5
+    return torch.mm(activity, directions)
 
 
 def balanced_clusters(features: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -52,13 +52,13 @@ class Heads:
         width: of a head.
     """
 
+    groups: int
+    queries: int
+    width: int
     query: str
     key: str
     value: str
     output: str
-    groups: int
-    queries: int
-    width: int
 
 
 def heads(name: str, block: nn.Module, model: PreTrainedModel) -> Heads:
@@ -74,7 +74,9 @@ def heads(name: str, block: nn.Module, model: PreTrainedModel) -> Heads:
             width = int(getattr(module, "head_dim", 0))
             query, key = layers[0].out_features, layers[1].out_features  # type: ignore[union-attr]
             if width and query % key == 0 and key % width == 0:
-                return Heads(*own, groups=key // width, queries=query // key, width=width)
+                return Heads(key // width, query // key, width, *own)
     kind = type(model).__name__
     reason = "T5's blocks share one position bias by head" if hasattr(model.config, "d_kv") else "unknown attention"
-    raise CaloraError("shrink.heads", "q_proj, k_proj, v_proj, o_proj with separate heads", f"{kind}: {reason}", "set `heads` to 0")
+    raise CaloraError(
+        "shrink.heads", "q_proj, k_proj, v_proj, o_proj with separate heads", f"{kind}: {reason}", "set `heads` to 0"
+    )

@@ -43,7 +43,9 @@ class Options:
     def __post_init__(self) -> None:
         one_of("prune.score", self.score, ("magnitude", "wanda", "sparsegpt"))
         one_of("prune.pattern", self.pattern, (*PATTERNS, "unstructured"))
-        one_of("prune.allocation", self.allocation, ("uniform", "owl") if self.pattern == "unstructured" else ("uniform",))
+        one_of(
+            "prune.allocation", self.allocation, ("uniform", "owl") if self.pattern == "unstructured" else ("uniform",)
+        )
         if self.pattern == "unstructured":
             share("prune.sparsity", self.sparsity)
         elif self.sparsity is not None:
@@ -57,7 +59,12 @@ def check(model: PreTrainedModel, options: dict[str, Any]) -> None:
         size = PATTERNS[chosen.pattern][1]
         for name, layer in linear_layers(model).items():
             if layer.in_features % size:
-                raise CaloraError(f"prune {name} to {chosen.pattern}", f"a width divisible by {size}", layer.in_features, "use `pattern: unstructured`")
+                raise CaloraError(
+                    f"prune {name} to {chosen.pattern}",
+                    f"a width divisible by {size}",
+                    layer.in_features,
+                    "use `pattern: unstructured`",
+                )
 
 
 def prune(model: PreTrainedModel, options: dict[str, Any], calibration: Calibration) -> dict[str, Any]:
@@ -69,7 +76,9 @@ def prune(model: PreTrainedModel, options: dict[str, Any], calibration: Calibrat
         made = Change()
         choose, span = chooser(chosen, sparsity.get(block.name, 0.0))
         for group in block.groups():
-            for name, (weight, keep) in _pruned(group, block.moments()[next(iter(group))], chosen.score, choose, span).items():
+            for name, (weight, keep) in _pruned(
+                group, block.moments()[next(iter(group))], chosen.score, choose, span
+            ).items():
                 packing = Packing("native", sparse=True)
                 made.modules[name] = PackedLinear.pack(group[name], packing, weight=weight, keep=keep)
                 made.notes[name] = {"kept": round(float(keep.float().mean()), 6)}
@@ -122,12 +131,25 @@ def allocate(model: PreTrainedModel, options: Options, examples: Sequence[Exampl
     if options.allocation == "uniform":
         return dict.fromkeys(names, options.sparsity)
     sums, layers = input_square_sums(model, examples), linear_layers(model)
-    shares = torch.tensor([_outliers([layers[key] for key in sums if key.startswith(f"{name}.")], [sums[key] for key in sums if key.startswith(f"{name}.")]) for name in names])
+    shares = torch.tensor(
+        [
+            _outliers(
+                [layers[key] for key in sums if key.startswith(f"{name}.")],
+                [sums[key] for key in sums if key.startswith(f"{name}.")],
+            )
+            for name in names
+        ]
+    )
     spread = (shares - shares.min()) / (shares.max() - shares.min()).clamp_min(1e-12) * 2 * SPREAD
     sparsity = (options.sparsity - (spread - spread.mean())).clamp(0.01, 0.99)
     return dict(zip(names, sparsity.tolist(), strict=True))
 
 
 def _outliers(layers: Sequence[nn.Linear], sums: Sequence[Tensor]) -> float:
-    scores = torch.cat([(layer.weight.detach().float().abs() * total.sqrt()).flatten() for layer, total in zip(layers, sums, strict=True)])
+    scores = torch.cat(
+        [
+            (layer.weight.detach().float().abs() * total.sqrt()).flatten()
+            for layer, total in zip(layers, sums, strict=True)
+        ]
+    )
     return float((scores > OUTLIER * scores.mean()).float().mean())

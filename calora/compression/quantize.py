@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from calora.calibrate import linear_layers
 from calora.codes import fit_grid
 from calora.compression.blocks import Block, Calibration, Change, each_block
-from calora.compression.options import FIX, one_of, parse, whole
+from calora.compression.options import FIX, one_of, parse
 from calora.compression.sweep import round_to
 from calora.errors import CaloraError
 from calora.layout import dense_weight
@@ -65,7 +65,12 @@ def check(model: PreTrainedModel, options: dict[str, Any]) -> None:
     for name, layer in linear_layers(model).items():
         if chosen.group and layer.in_features % chosen.group:
             fits = [g for g in GROUPS if layer.in_features % g == 0]
-            raise CaloraError("quantize.group", f"a divisor of {name}'s {layer.in_features} inputs ({fits or 'none of ours'})", chosen.group, FIX)
+            raise CaloraError(
+                "quantize.group",
+                f"a divisor of {name}'s {layer.in_features} inputs ({fits or 'none of ours'})",
+                chosen.group,
+                FIX,
+            )
     if chosen.embeddings == "int8" and type(model.get_input_embeddings()) is not nn.Embedding:
         raise CaloraError("quantize.embeddings", "a dense table", type(model.get_input_embeddings()).__name__, FIX)
 
@@ -104,7 +109,9 @@ def _packed(group: dict[str, nn.Linear], moment: Tensor, largest: Tensor, option
     if options.rounding == "gptq":
         rounded = round_to(inliers, moment, grid, keep)
         weight = rounded if outliers is None else rounded.index_copy_(1, outliers, weight[:, outliers])
-    packing = Packing(options.format, keep is not None, span, options.symmetric, 0 if outliers is None else len(outliers))
+    packing = Packing(
+        options.format, keep is not None, span, options.symmetric, 0 if outliers is None else len(outliers)
+    )
     packed: dict[str, nn.Module] = {}
     start = 0
     for name, layer in group.items():

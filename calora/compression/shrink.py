@@ -63,15 +63,21 @@ def check(model: PreTrainedModel, options: dict[str, Any]) -> None:
     chosen = parse(Options, "shrink", options)
     for stack, blocks in stacks(model).items():
         if chosen.layers and len(blocks) - round(chosen.layers * len(blocks)) < 1:
-            raise CaloraError("shrink.layers", f"at least one of {len(blocks)} layers left in {stack}", chosen.layers, FIX)
+            raise CaloraError(
+                "shrink.layers", f"at least one of {len(blocks)} layers left in {stack}", chosen.layers, FIX
+            )
         if chosen.neurons:
             feed_forward(f"{stack}.0", blocks[0])
         if chosen.heads:
             groups = heads(f"{stack}.0", blocks[0], model).groups
             if groups - round(chosen.heads * groups) < 1:
-                raise CaloraError("shrink.heads", f"at least one of {groups} key-value heads left", f"{chosen.heads} cut", FIX)
+                raise CaloraError(
+                    "shrink.heads", f"at least one of {groups} key-value heads left", f"{chosen.heads} cut", FIX
+                )
             if round(chosen.heads * groups) < 1:
-                raise CaloraError("shrink.heads", f"a share that cuts one of {groups} key-value heads", chosen.heads, FIX)
+                raise CaloraError(
+                    "shrink.heads", f"a share that cuts one of {groups} key-value heads", chosen.heads, FIX
+                )
 
 
 def shrink(model: PreTrainedModel, options: dict[str, Any], calibration: Calibration) -> dict[str, Any]:
@@ -83,6 +89,7 @@ def shrink(model: PreTrainedModel, options: dict[str, Any], calibration: Calibra
     taylor = taylor_products(model, calibration.examples) if chosen.importance == "taylor" else None
     for part, change in (("heads", _cut_heads), ("neurons", _cut_neurons)):
         if getattr(chosen, part):
+
             def apply(block: Block, change: Any = change) -> Change:
                 made: Change = change(model, block, chosen, taylor)
                 return made
@@ -112,7 +119,9 @@ def _cut_heads(model: PreTrainedModel, block: Block, options: Options, taylor: d
     by_group = importance.view(part.groups, -1).sum(1).abs()
     groups = by_group.topk(part.groups - round(options.heads * part.groups)).indices.sort().values
     queries, keys = _spread(groups, part.queries * part.width), _spread(groups, part.width)
-    return _keep(block, (part.query, part.key, part.value), [queries, keys, keys], part.output, queries, moment, options)
+    return _keep(
+        block, (part.query, part.key, part.value), [queries, keys, keys], part.output, queries, moment, options
+    )
 
 
 def _spread(groups: Tensor, width: int) -> Tensor:
@@ -126,17 +135,27 @@ def _energy(reader: nn.Linear, moment: Tensor) -> Tensor:
 
 
 def _keep(
-    block: Block, makers: Sequence[str], rows: Sequence[Tensor], reader: str, columns: Tensor, moment: Tensor, options: Options
+    block: Block,
+    makers: Sequence[str],
+    rows: Sequence[Tensor],
+    reader: str,
+    columns: Tensor,
+    moment: Tensor,
+    options: Options,
 ) -> Change:
     """Keep some outputs of the layers that make a part's inner values, and the same inputs of the one that reads them."""
     made = Change()
     for name, own in zip(makers, rows, strict=True):
         layer = block.layers[name]
-        made.modules[name] = dense_layer(layer.weight[own].clone(), None if layer.bias is None else layer.bias[own].clone())
+        made.modules[name] = dense_layer(
+            layer.weight[own].clone(), None if layer.bias is None else layer.bias[own].clone()
+        )
         made.kept[f"{name}.rows"] = own.int()
         made.notes[name] = {"kept": len(own)}
     layer = block.layers[reader]
-    weight = compensated(layer.weight.detach(), moment, columns) if options.compensate else layer.weight[:, columns].clone()
+    weight = (
+        compensated(layer.weight.detach(), moment, columns) if options.compensate else layer.weight[:, columns].clone()
+    )
     made.modules[reader] = dense_layer(weight, layer.bias)
     made.kept[f"{reader}.columns"] = columns.int()
     made.notes[reader] = {"kept": len(columns)}
@@ -183,7 +202,11 @@ def block_influence(model: PreTrainedModel, examples: Sequence[Example], importa
 
         return hook
 
-    handles = [block.register_forward_hook(watch(name, i)) for name, stack in stacks(model).items() for i, block in enumerate(stack)]
+    handles = [
+        block.register_forward_hook(watch(name, i))
+        for name, stack in stacks(model).items()
+        for i, block in enumerate(stack)
+    ]
     try:
         for indices in equal_length_batches([len(e.prompt_ids) for e in examples], BATCH):
             chosen = [examples[i] for i in indices]
@@ -191,7 +214,9 @@ def block_influence(model: PreTrainedModel, examples: Sequence[Example], importa
                 language_loss(model, chosen).backward()
             else:
                 with torch.no_grad():
-                    family.forward(model, family.collate([Example(e.prompt_ids) for e in chosen], model), torch.tensor([0]))
+                    family.forward(
+                        model, family.collate([Example(e.prompt_ids) for e in chosen], model), torch.tensor([0])
+                    )
     finally:
         for handle in handles:
             handle.remove()

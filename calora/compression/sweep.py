@@ -26,7 +26,8 @@ def inverse_factor(moment: Tensor) -> Tensor:
     diagonal = damped.diagonal()
     diagonal += DAMPING * diagonal.mean().clamp_min(1e-12)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True).float()
+    return factor
 
 
 def cut(weight: Tensor, moment: Tensor, choose: Choose, span: int) -> tuple[Tensor, Tensor]:
