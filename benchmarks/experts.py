@@ -68,7 +68,12 @@ def relu() -> None:
     """The ReLU model dense, and at each share of its experts."""
     tokenizer: Any = AutoTokenizer.from_pretrained(SMALL)
     task = Task("sentiment", "{text}", ("negative", "positive"), 128, 1)
-    rows = {split: [row for corpus in CORPORA for row in read_rows(Path("data") / corpus / f"{split}.jsonl", "run make run")] for split in ("train", "test")}
+    rows = {
+        split: [
+            row for corpus in CORPORA for row in read_rows(Path("data") / corpus / f"{split}.jsonl", "run make run")
+        ]
+        for split in ("train", "test")
+    }
     train, test = (encode_all(task, tokenizer, rows[split]) for split in ("train", "test"))
     model = small_relu(task, tokenizer, train)
     whole = accuracy(model, task, tokenizer, test)
@@ -80,7 +85,10 @@ def relu() -> None:
             options = {"experts": 64, "active": part, "clustering": clustering, "router": router}
             report = compress(split, [{"moefy": options}], Calibration(train[:512]))
             found = accuracy(split, task, tokenizer, test)
-            print(f"{clustering}, {router}, {part:.0%} of 64 experts: {found:.3f} ({found - whole:+.3f}); {energies(report)}", flush=True)
+            print(
+                f"{clustering}, {router}, {part:.0%} of 64 experts: {found:.3f} ({found - whole:+.3f}); {energies(report)}",
+                flush=True,
+            )
 
 
 def neurons_on(model: Any, task: Task, examples: list[Example]) -> float:
@@ -112,11 +120,17 @@ def swiglu() -> None:
     task, tokenizer = read_task("movies"), load_tokenizer(BASE)
     origin = read_plain_lora(teacher("movies"))
     examples = encode_all(task, tokenizer, read_split("movies", "validation"))
-    calibration = [Example(tokenizer(row["text"]).input_ids) for row in read_rows(Path("data/calibration/texts.jsonl"), "")]
+    calibration = [
+        Example(tokenizer(row["text"]).input_ids) for row in read_rows(Path("data/calibration/texts.jsonl"), "")
+    ]
 
     def scored(options: dict[str, Any] | None) -> tuple[float, str]:
         model = load_model(BASE, torch.bfloat16, attention="eager")
-        report = compress(model, [{"moefy": options}], Calibration(calibration)) if options else {"kept": {}, "layers_kept": {}}
+        report = (
+            compress(model, [{"moefy": options}], Calibration(calibration))
+            if options
+            else {"kept": {}, "layers_kept": {}}
+        )
         lora, _ = carry_lora(model, origin, Origin(report["kept"], report["layers_kept"]))
         attach_adapter(model, lora, "a")
         set_active(model, "a")
@@ -128,9 +142,18 @@ def swiglu() -> None:
         for part in SHARES:
             if shared + 1 > round(part * 48):
                 continue
-            options = {"experts": 48, "shared": shared, "active": part, "clustering": "coactivation", "router": "learned"}
+            options = {
+                "experts": 48,
+                "shared": shared,
+                "active": part,
+                "clustering": "coactivation",
+                "router": "learned",
+            }
             found, told = scored(options)
-            print(f"{part:.0%} of 48 experts, {shared} of them shared: {found:.3f} ({found - whole:+.3f}); {told}", flush=True)
+            print(
+                f"{part:.0%} of 48 experts, {shared} of them shared: {found:.3f} ({found - whole:+.3f}); {told}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

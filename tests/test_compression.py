@@ -320,7 +320,7 @@ BAD = [
     ([{"squeeze": {}}], "steps among"),
     ([{"quantize": {"format": "int3"}}], "one of int8, int4, nf4"),
     ([{"quantize": {}}], "option format"),
-    ([{"quantize": {"format": "int8", "grup": 3}}], "options among"),
+    ([{"quantize": {"format": "int8", "size": 3}}], "options among"),
     ([{"quantize": {"format": "int4"}}], "one of 32, 64, 128"),
     ([{"quantize": {"format": "int4", "group": 128}}], "a divisor of"),
     ([{"quantize": {"format": "nf4", "rounding": "gptq"}}], "one of nearest"),

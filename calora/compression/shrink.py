@@ -183,7 +183,7 @@ def cut_layers(model: PreTrainedModel, options: Options, examples: Sequence[Exam
 
 
 def block_influence(model: PreTrainedModel, examples: Sequence[Example], importance: str) -> dict[str, Tensor]:
-    """Stack -> importance of each block: mean over tokens of 1 - cos(input, output), or |sum of (out - in) dL/dout|."""
+    """Stack -> importance of each block: mean over tokens of 1 - cos(input, output), or |sum of (out - in) dL/d(out)|."""
     sums = {name: torch.zeros(len(stack)) for name, stack in stacks(model).items()}
     family, taylor = family_of(model), importance == "taylor"
 
