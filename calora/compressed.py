@@ -33,6 +33,7 @@ from calora.tasks import Task, encode_all
 
 REPORT = "compression.json"
 WEIGHTS, KEPT = "model.safetensors", "kept.safetensors"
+VERSION = 2  # of compression.json and of the layers that it describes
 MADE_BY = "run `dvc repro` to make the compressed model"
 SIZES = (
     "d_ff", "intermediate_size", "num_layers", "num_decoder_layers", "num_hidden_layers", "head_dim",
@@ -120,6 +121,7 @@ def save(model: PreTrainedModel, report: Mapping[str, Any], directory: Path, bas
             write_tensors(scratch / KEPT, kept)
         stored = sum(file.stat().st_size for file in scratch.iterdir())
         total = {
+            "version": VERSION,
             "bytes_base": sum(file.stat().st_size for file in base.iterdir() if file.is_file()),
             "bytes_without_this_report": stored,
             "base_fingerprint": fingerprint(base),
@@ -148,6 +150,9 @@ def load(path: str | Path, dense: bool = False, attention: str = "sdpa", device:
     """
     directory = Path(path)
     report = read_json(directory / REPORT, MADE_BY)
+    if report.get("version") != VERSION:
+        found = f"version {report.get('version', 1)}"
+        raise CaloraError(directory / REPORT, f"version {VERSION}", found, f"another calora wrote it: {MADE_BY}")
     check_tensors(directory / WEIGHTS, MADE_BY)
     found = fingerprint(directory)
     if found != report["fingerprint"]:

@@ -127,18 +127,22 @@ class PackedLinear(nn.Linear):
 
     def codes(self) -> Tensor:
         """int8 [out, in] of a quantised layer, the code of 0 where nothing was kept."""
-        shape, keep = (self.out_features, self.in_features), self.keep
-        count = self.in_features if keep is None else int(keep.sum())
-        if self.packing.format == "int8":
-            kept = self.weight.detach()
-        elif keep is None:
-            kept = unpack_words(self.get_buffer("weight_packed"), count)
+        packing, shape = self.packing, (self.out_features, self.in_features)
+        if not packing.sparse:
+            return (
+                self.weight.detach()
+                if packing.format == "int8"
+                else unpack_words(self.get_buffer("weight_packed"), shape[1])
+            )
+        # What stays is allocated before what does not: else the heap of a model that is being loaded grows by both.
+        if packing.symmetric:
+            full = torch.zeros(shape, dtype=torch.int8, device=self.get_buffer("mask").device)
         else:
-            kept = unpack_nibbles(self.get_buffer("weight_packed"), count)
-        if keep is None:
-            return kept
-        zero = self.grid.encode(torch.zeros(shape, device=kept.device))
-        return zero.masked_scatter_(keep, kept)
+            full = self.grid.encode(torch.zeros(shape, device=self.get_buffer("mask").device))
+        keep = unpack_mask(self.get_buffer("mask"), shape[1])
+        if packing.format == "int8":
+            return full.masked_scatter_(keep, self.weight.detach())
+        return full.masked_scatter_(keep, unpack_nibbles(self.get_buffer("weight_packed"), int(keep.sum())))
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         """W [out, in] in `dtype`: the dense view of the same values."""

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import calora
 import calora.plugin  # from_pretrained then knows our format
-from calora.artifacts import bytes_on_disk, read_json
+from calora.artifacts import bytes_on_disk, read_json, write_json
 from calora.calibrate import linear_layers
 from calora.codes import fit_grid, pack_mask, pack_nibbles, pack_words, unpack_mask, unpack_nibbles, unpack_words
 from calora.compressed import load, save
@@ -377,6 +377,11 @@ def test_truncated_edited_and_pickled_weights_are_refused(tmp_path, llama, toy):
     out = tmp_path / "out"
     model = load_model(llama, torch.bfloat16)
     save(model, compress(model, [INT8], Calibration(toy[2])), out, llama)
+    report = read_json(out / "compression.json", "")
+    write_json(out / "compression.json", {**report, "version": 1})
+    with pytest.raises(CaloraError, match="expected version 2, found version 1"):
+        calora.load(out)
+    write_json(out / "compression.json", report)
     weights = out / "model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[:-7])
