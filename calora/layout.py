@@ -102,6 +102,11 @@ def dense_layer(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return layer
 
 
+def rows_of(layer: nn.Linear, rows: Tensor) -> nn.Linear:
+    """A dense layer with some outputs of another, in the order of `rows`."""
+    return dense_layer(layer.weight[rows].clone(), None if layer.bias is None else layer.bias[rows].clone())
+
+
 def dense_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
     """The dense view of any layer's weight."""
     if isinstance(layer, PackedLinear | PackedEmbedding | Nf4Linear | ExpertLinear):

@@ -13,22 +13,22 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from calora.formats import OURS
 from calora.layout import build, prepare
 
-METHOD = "calora"
 INITIALISED = "_is_hf_initialized"
 
 
-@register_quantization_config(METHOD)
+@register_quantization_config(OURS)
 class CaloraConfig(QuantizationConfigMixin):
     """`quantization_config` of config.json: how each layer is stored, and which tensors are one."""
 
     def __init__(self, layers: dict[str, Any], tied: dict[str, str], **rest: Any) -> None:
-        self.quant_method = METHOD  # type: ignore[assignment]  # transformers takes any registered name
+        self.quant_method = OURS  # type: ignore[assignment]  # transformers takes any registered name
         self.layers, self.tied = layers, tied
 
 
-@register_quantizer(METHOD)
+@register_quantizer(OURS)
 class CaloraQuantizer(HfQuantizer):
     """Puts the packed layers in place, lets transformers fill them, then brings them into the form that computes."""
 

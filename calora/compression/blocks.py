@@ -167,12 +167,16 @@ class Block:
         self.moments()
         return self._largest
 
-    def inputs(self, name: str) -> Tensor:
-        """All inputs of one linear layer, [tokens, in], before anything in the block changed."""
-        seen: list[Tensor] = []
-        for _ in self.run({name: lambda x, _: seen.append(x)}):
+    def inputs(self, *names: str) -> list[Tensor]:
+        """All inputs of some linear layers, each [tokens, in], before anything in the block changed."""
+        seen: dict[str, list[Tensor]] = {name: [] for name in names}
+
+        def keep(name: str) -> Callable[[Tensor, Tensor], None]:
+            return lambda x, _: seen[name].append(x)
+
+        for _ in self.run({name: keep(name) for name in names}):
             pass
-        return torch.cat(seen)
+        return [torch.cat(parts) for parts in seen.values()]
 
 
 def check_finite(name: str, tensor: Tensor | None) -> None:

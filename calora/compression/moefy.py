@@ -19,7 +19,7 @@ from calora.compression.options import FIX, one_of, parse, share, whole
 from calora.compression.parts import FeedForward, feed_forward
 from calora.errors import CaloraError
 from calora.experts import Experts, Routing, activation_of
-from calora.layout import dense_layer
+from calora.layout import dense_layer, rows_of
 
 FEATURES = 256  # random projections of a neuron's activity over tokens; distances stay within a few percent
 ROUNDS = 20  # of k-means
@@ -90,7 +90,7 @@ def _split(block: Block, options: Options) -> Change:
     part: FeedForward = feed_forward(block.name, block.module)
     reader = block.layers[part.output]
     neurons, size = reader.in_features, reader.in_features // options.experts
-    x, hidden = block.inputs(part.inputs[0]).float(), block.inputs(part.output).float()
+    x, hidden = (values.float() for values in block.inputs(part.inputs[0], part.output))
     energy = hidden.square() * reader.weight.detach().float().square().sum(0)  # [tokens, neurons]: of each one's output
     shared = _busiest(energy, options.shared * size)
     routed = torch.arange(neurons)[~torch.isin(torch.arange(neurons), shared)]
@@ -111,10 +111,7 @@ def _split(block: Block, options: Options) -> Change:
         tensors = [block.layers[name].weight.detach()[nearest] for name in part.inputs]
     made = Change()
     for name in part.inputs:
-        layer = block.layers[name]
-        made.modules[name] = dense_layer(
-            layer.weight[order].clone(), None if layer.bias is None else layer.bias[order].clone()
-        )
+        made.modules[name] = rows_of(block.layers[name], order)
         made.kept[f"{name}.rows"] = order.int()
     made.modules[part.output] = dense_layer(reader.weight[:, order].clone(), reader.bias)
     made.kept[f"{part.output}.columns"] = order.int()

@@ -20,7 +20,7 @@ from calora.compression.blocks import BATCH, Block, Calibration, Change, each_bl
 from calora.compression.options import FIX, one_of, parse, share
 from calora.compression.parts import FeedForward, Heads, feed_forward, heads
 from calora.errors import CaloraError
-from calora.layout import dense_layer
+from calora.layout import dense_layer, rows_of
 from calora.leastsquares import compensated
 from calora.models import family_of
 from calora.tasks import Example
@@ -146,10 +146,7 @@ def _keep(
     """Keep some outputs of the layers that make a part's inner values, and the same inputs of the one that reads them."""
     made = Change()
     for name, own in zip(makers, rows, strict=True):
-        layer = block.layers[name]
-        made.modules[name] = dense_layer(
-            layer.weight[own].clone(), None if layer.bias is None else layer.bias[own].clone()
-        )
+        made.modules[name] = rows_of(block.layers[name], own)
         made.kept[f"{name}.rows"] = own.int()
         made.notes[name] = {"kept": len(own)}
     layer = block.layers[reader]
