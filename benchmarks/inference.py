@@ -3,7 +3,9 @@
 `python -m benchmarks.inference [recipe ...]` after `make run` (it reads models/base and models/teacher/movies; recipes
 that are not in models/compressed are compressed into .cache/benchmarks first). Each row is a process of its own, so that its
 peak is its own; the rounds go through all rows in turn, and the best of each is shown. Adapters: the teacher's LoRA (q, k;
-rank 32), and the same with a bypass of rank 32 beside all seven linear layers (CA-LoRA; its values do not change its speed).
+rank 32), the same with a bypass of rank 32 beside all seven linear layers (CA-LoRA; its values do not change its speed), and
+a plain LoRA of rank 32 (64 for q and k) on all seven, which has as many parameters. `DENSE_TUNED` is the base with calora's
+switch for single tokens: what of a recipe's speed is due to the switch alone.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ import torch
 ROUNDS = 3
 PROMPTS, LENGTH, NEW = 16, 32, 48  # texts a batch, tokens a text, tokens decoded after one text
 ADAPTERS = ("none", "LoRA", "CA-LoRA")
-# The speed-up that the paper's table would quote: the base's bytes by those of the linear layers' weights.
-DENSE = "bf16 dense"
+DENSE, DENSE_TUNED = "bf16 dense", "bf16 dense, tuned"
+EQUAL = "LoRA, equal budget"
 
 
 def folder_of(recipe: str) -> Path:
@@ -52,14 +54,23 @@ def make(recipe: str) -> None:
 def opened(recipe: str, adapter: str) -> Any:
     """The model as a user opens it, with its adapter on."""
     teacher = Path("models/teacher/movies")
-    if recipe == DENSE:
-        from transformers import AutoModelForCausalLM
+    if recipe in (DENSE, DENSE_TUNED):
+        from peft import PeftModel, get_peft_model
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from calora.adapters import lora_config
+        from calora.onetoken import OneToken
 
         model: Any = AutoModelForCausalLM.from_pretrained("models/base", dtype=torch.bfloat16)
-        if adapter != "none":
-            from peft import PeftModel
-
+        if recipe == DENSE_TUNED:
+            model.__class__ = type("Tuned", (OneToken, type(model)), {})
+        if adapter == EQUAL:
+            names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+            config = lora_config(32, 16, names, {"q_proj": 64, "k_proj": 64})
+            model = get_peft_model(model, config, autocast_adapter_dtype=False).to(torch.bfloat16)
+        elif adapter != "none":
             model = PeftModel.from_pretrained(model, teacher, autocast_adapter_dtype=False)
+        model.calora_tokenizer = AutoTokenizer.from_pretrained("models/base")  # calora.load reads it too
         return model.eval()
     import calora
 
@@ -83,7 +94,10 @@ def opened(recipe: str, adapter: str) -> Any:
 
 def measure(recipe: str, adapter: str) -> dict[str, float]:
     """Tokens a second of one text's prefill, of a batch's, and of decoding; seconds to load; MB at the peak, and before."""
-    import transformers  # noqa: F401  # what every row needs is not a row's own memory
+    import peft  # noqa: F401  # what every row needs is not a row's own memory
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    import calora.compressed  # noqa: F401
 
     before = resident()
     start = time.monotonic()
@@ -142,7 +156,8 @@ def main() -> None:
     recipes = sys.argv[1:] or list(load_params().compressions)
     for recipe in recipes:
         make(recipe)
-    rows = [(DENSE, "none"), (DENSE, "LoRA"), *((recipe, adapter) for recipe in recipes for adapter in ADAPTERS)]
+    dense = [(DENSE, "none"), (DENSE, "LoRA"), (DENSE, EQUAL), (DENSE_TUNED, "none"), (DENSE_TUNED, "LoRA")]
+    rows = [*dense, *((recipe, adapter) for recipe in recipes for adapter in ADAPTERS)]
     found: dict[tuple[str, str], list[dict[str, float]]] = {row: [] for row in rows}
     for _ in range(ROUNDS):
         for row in rows:
@@ -167,11 +182,11 @@ def table(found: dict[tuple[str, str], list[dict[str, float]]]) -> str:
         for row, runs in found.items()
     }
     for (recipe, adapter), b in best_of.items():
-        folder = Path("models/base") if recipe == DENSE else folder_of(recipe)
+        folder = Path("models/base") if recipe in (DENSE, DENSE_TUNED) else folder_of(recipe)
         size = sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
         base = best_of[(DENSE, "none" if adapter == "none" else "LoRA")]
         cells = [f"{b[key]:.0f} ({b[key] / base[key]:.2f}x)" for key in ("p1", "p16", "decode", "peak", "own")]
-        ideal = f"{ideal_speed_up(folder) if recipe != DENSE else 1.0:.1f}x"
+        ideal = f"{ideal_speed_up(folder) if folder != Path('models/base') else 1.0:.1f}x"
         lines.append(
             f"| {recipe} | {adapter} | {' | '.join(cells)} | {b['load']:.1f} | {size / 1e6:.0f} ({size / whole:.2f}) | {ideal} |"
         )

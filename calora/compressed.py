@@ -28,6 +28,7 @@ from calora.evaluate import predict
 from calora.formats import quantization_config, stored_as
 from calora.layout import build
 from calora.models import load_tokenizer, model_class
+from calora.onetoken import OneToken
 from calora.origin import Origin
 from calora.tasks import Task, encode_all
 
@@ -42,7 +43,7 @@ SIZES = (
 CARRIED = ("generation_config.json", "*token*", "*.model", "vocab*", "merges*", "chat_template*")
 
 
-class Compressed(PreTrainedModel):
+class Compressed(OneToken, PreTrainedModel):
     """What `calora.load` makes of a transformers model: it takes adapters by name, and answers plain texts."""
 
     calora_fingerprint: str

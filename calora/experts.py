@@ -50,6 +50,7 @@ class Experts(nn.Module):
     routing: Routing
     act: nn.Module
     router: nn.ParameterList
+    choice: Choice | None = None  # of a prepared feed-forward
 
     @classmethod
     def wrap(cls, dense: nn.Module, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Experts:
@@ -99,46 +100,40 @@ class Experts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., d] -> [..., d]."""
         routing = self.routing
-        chosen = self.choose(x)
-        skipping = x.numel() == x.shape[-1] and self._skip(chosen.flatten())
+        chosen = self.choose(x) + routing.shared
+        one_token = x.numel() == x.shape[-1]
+        if one_token and self.choice:
+            self.choice.take(self._used(chosen.flatten()))
         try:
             hidden = self.act(getattr(self, routing.inputs[0])(x))
             for name in routing.inputs[1:]:
                 hidden = hidden * getattr(self, name)(x)
-            mask = torch.zeros(*x.shape[:-1], routing.experts, dtype=hidden.dtype, device=x.device).scatter_(
-                -1, chosen, 1.0
-            )
-            mask = torch.cat([mask.new_ones(*x.shape[:-1], routing.shared), mask], dim=-1)
-            hidden = hidden * mask.repeat_interleave(routing.size, dim=-1)
+            # Adapters write to the neurons of all experts: those that were not chosen are silent all the same.
+            mask = hidden.new_zeros(*x.shape[:-1], routing.shared + routing.experts).scatter_(-1, chosen, 1.0)
+            if routing.shared:
+                mask[..., : routing.shared] = 1.0
+            hidden = (hidden.unflatten(-1, (-1, routing.size)) * mask.unsqueeze(-1)).flatten(-2)
             out: Tensor = getattr(self, routing.output)(hidden)
         finally:
-            if skipping:
-                self._skip(None)
+            if self.choice:
+                self.choice.experts = None
         return out
 
-    def _skip(self, chosen: Tensor | None) -> bool:
-        """Tell the layers which experts are computed (None: all); False where they cannot skip."""
-        layers = [base_of(getattr(self, name)) for name in (*self.routing.inputs, self.routing.output)]
-        if not all(isinstance(layer, ExpertLinear) for layer in layers):
-            return False
-        if chosen is not None:
-            shared = torch.arange(self.routing.shared, device=chosen.device)
-            chosen = torch.cat([shared, chosen.unique() + self.routing.shared])
-        for layer in layers:
-            assert isinstance(layer, ExpertLinear)
-            layer.chosen = chosen
-        return True
+    def _used(self, chosen: Tensor) -> Tensor:
+        """The experts that one token uses, each once, with the shared ones."""
+        if self.routing.threshold is not None:
+            chosen = chosen.unique()
+        if self.routing.shared:
+            chosen = torch.cat([torch.arange(self.routing.shared, device=chosen.device), chosen])
+        return chosen
 
     def prepare(self) -> None:
         """Put the layers into the form in which a single token skips the experts that were not chosen."""
+        self.choice = Choice(self.routing.experts + self.routing.shared, self.routing.size)
         for name in (*self.routing.inputs, self.routing.output):
             layer = getattr(self, name)
             if ExpertLinear.takes(layer):
-                setattr(
-                    self,
-                    name,
-                    ExpertLinear(layer, self.routing.experts + self.routing.shared, name == self.routing.output),
-                )
+                setattr(self, name, ExpertLinear(layer, self.choice, reads_neurons=name == self.routing.output))
 
     def extra_repr(self) -> str:
         """The routing, as `print(model)` shows it."""
@@ -157,28 +152,42 @@ def activation_of(dense: nn.Module) -> nn.Module:
     )
 
 
-def base_of(layer: nn.Module) -> nn.Module:
-    """The layer below PEFT's wrapping."""
-    return getattr(layer, "base_layer", layer)
+class Choice:
+    """What the layers of one feed-forward compute at the moment; no module, whose attributes are slow to set."""
+
+    def __init__(self, experts: int, size: int) -> None:
+        self.size = size
+        self.places = torch.arange(experts * size).view(experts, size)  # the neurons of each expert
+        self.experts: Tensor | None = None  # None: all
+        self.neurons = self.places[0]
+        self.halves = torch.zeros(2, dtype=torch.long)
+
+    def take(self, experts: Tensor) -> None:
+        """Compute only these experts."""
+        if self.places.device != experts.device:
+            self.places, self.halves = self.places.to(experts.device), self.halves.to(experts.device)
+        self.experts = experts
+        self.neurons = self.places.index_select(0, experts).flatten()
+        self.halves[1] = len(self.neurons) // 2
 
 
 class ExpertLinear(nn.Linear):
-    """A layer whose rows (or, reading neurons, columns) are experts; computes only the `chosen` ones when told.
+    """A layer whose outputs (or, reading neurons, inputs) are the neurons of experts; one token computes the `chosen` ones.
 
-    Values lie expert by expert in memory, so that an expert is one contiguous copy: [experts, size, width], in the
-    base's dtype or as int8 codes. The rest of an output is 0 (rows), the rest of an input is not read (columns).
+    Values lie neuron by neuron in memory, [experts, size, width], in the base's dtype or as int8 codes: an expert is
+    one contiguous piece. The rest of an output is 0, the rest of an input is not read.
     """
 
-    def __init__(self, layer: nn.Linear, experts: int, columns: bool) -> None:
+    def __init__(self, layer: nn.Linear, choice: Choice, reads_neurons: bool) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.columns = layer.in_features, layer.out_features, columns
-        self.chosen: Tensor | None = None
+        self.in_features, self.out_features, self.reads_neurons = layer.in_features, layer.out_features, reads_neurons
+        self.choice = choice
         packed = isinstance(layer, PackedLinear)
         values = layer.weight.detach()
         self.scale = layer.get_buffer("weight_scale").flatten() if packed else None
-        if columns:
+        if reads_neurons:
             values = values.T.contiguous()
-        self.weight = nn.Parameter(values.view(experts, -1, values.shape[1]), requires_grad=False)
+        self.weight = nn.Parameter(values.view(-1, choice.size, values.shape[1]), requires_grad=False)
         self.bias = layer.bias
         self.dtype: torch.dtype = layer.dtype if isinstance(layer, PackedLinear) else layer.weight.dtype
 
@@ -192,7 +201,7 @@ class ExpertLinear(nn.Linear):
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         """W [out, in] in `dtype`."""
         values = self.weight.detach().flatten(0, 1)
-        if self.columns:
+        if self.reads_neurons:
             values = values.T
         return (
             values.to(dtype)
@@ -202,31 +211,36 @@ class ExpertLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        values = (self.weight if self.chosen is None else self.weight.index_select(0, self.chosen)).flatten(0, 1)
-        scale = None if self.scale is None else self.scale.to(x.dtype)
-        if self.columns:
-            if self.chosen is not None:
-                x = x.view(len(self.weight), -1).index_select(0, self.chosen).view(*x.shape[:-1], -1)
-            out = x @ values.to(x.dtype)
-            out = out if scale is None else out * scale
-        elif self.chosen is None:
-            out = F.linear(x, values.to(x.dtype))
-            out = out if scale is None else out * scale
+        if self.choice.experts is None:
+            values = self.weight.flatten(0, 1).to(x.dtype)
+            out = x @ values if self.reads_neurons else F.linear(x, values)
+            out = out if self.scale is None else out * self.scale.to(x.dtype)
         else:
-            if scale is None:
-                some = F.linear(x, values).view(len(self.chosen), -1)
-            else:
-                size = self.weight.shape[1]
-                own = scale.view(-1, size).index_select(0, self.chosen)
-                flat = x.reshape(1, -1)
-                if kernel_takes(values, flat):
-                    some = torch._weight_int8pack_mm(flat, values, own.flatten())
-                else:
-                    some = F.linear(flat, values.to(x.dtype)) * own.flatten()
-                some = some.view(len(self.chosen), size)
-            out = x.new_zeros(len(self.weight), self.weight.shape[1])
-            out = out.index_copy_(0, self.chosen, some).view(*x.shape[:-1], self.out_features)
+            one = self._read(x.flatten()) if self.reads_neurons else self._write(x.view(1, -1), self.choice.experts)
+            out = one.view(*x.shape[:-1], self.out_features)
         return out if self.bias is None else out + self.bias.to(x.dtype)
+
+    def _write(self, x: Tensor, experts: Tensor) -> Tensor:
+        """The neurons of some experts for x [1, in]; [experts, size], 0 elsewhere."""
+        values = self.weight.index_select(0, experts).flatten(0, 1)
+        out = x.new_zeros(self.weight.shape[:2])
+        if self.scale is None:
+            some = F.linear(x, values.to(x.dtype))
+        else:
+            scale = self.scale.view(out.shape).index_select(0, experts).flatten().to(x.dtype)
+            takes = kernel_takes(values, x)
+            some = torch._weight_int8pack_mm(x, values, scale) if takes else F.linear(x, values.to(x.dtype)) * scale
+        return out.index_copy_(0, experts, some.view(-1, out.shape[1]))
+
+    def _read(self, x: Tensor) -> Tensor:
+        """The sum of the chosen neurons' vectors, each times its x: x [in] -> [out]. A row is read where it lies."""
+        neurons, table = self.choice.neurons, self.weight.flatten(0, 1)
+        x = x.index_select(0, neurons)
+        if table.dtype != x.dtype:
+            table, neurons = table.index_select(0, neurons).to(x.dtype), torch.arange(len(neurons), device=x.device)
+        halves = F.embedding_bag(neurons, table, self.choice.halves, mode="sum", per_sample_weights=x)  # one a core
+        out = halves.sum(0)
+        return out if self.scale is None else out * self.scale.to(x.dtype)
 
     def extra_repr(self) -> str:
         """Shape and packing, as `print(model)` shows them."""

@@ -70,6 +70,12 @@ def build(
             return tensors[names[name]]
         return shared.setdefault(names[name], tensors[names[name]])
 
+    # What stays gets its room before anything that does not: else the heap would be full of holes, and half as large again.
+    rooms = {
+        layer: torch.zeros(entry["out"], entry["in"], dtype=torch.int8)
+        for layer, entry in entries.items()
+        if ready and entry.get("sparse") and entry["format"] == "int8"
+    }
     done: set[str] = set()
     for layer in sorted(entries, reverse=True):  # a feed-forward of experts comes after the layers in it
         own = [name for name in names if name.startswith(f"{layer}.") and name not in done]
@@ -78,7 +84,9 @@ def build(
         if dense and not isinstance(made, Experts):
             dtype: torch.dtype = getattr(torch, entries[layer]["dtype"])
             made = dense_view(made, dtype)
-        elif ready and isinstance(made, PackedLinear | Nf4Linear | Experts):
+        elif ready and isinstance(made, PackedLinear):
+            made.prepare(rooms.pop(layer, None))
+        elif ready and isinstance(made, Nf4Linear | Experts):
             made.prepare()
         model.set_submodule(layer, made)
     model.load_state_dict({name: read(name) for name in names if name not in done}, strict=False, assign=True)

@@ -125,8 +125,8 @@ class PackedLinear(nn.Linear):
             zero = unpack_words(zero.T, self.out_features).T
         return Grid(scale, zero, BITS[self.packing.format])
 
-    def codes(self) -> Tensor:
-        """int8 [out, in] of a quantised layer, the code of 0 where nothing was kept."""
+    def codes(self, into: Tensor | None = None) -> Tensor:
+        """int8 [out, in] of a quantised layer, the code of 0 where nothing was kept; written to `into`, which is 0."""
         packing, shape = self.packing, (self.out_features, self.in_features)
         if not packing.sparse:
             return (
@@ -134,12 +134,11 @@ class PackedLinear(nn.Linear):
                 if packing.format == "int8"
                 else unpack_words(self.get_buffer("weight_packed"), shape[1])
             )
-        # What stays is allocated before what does not: else the heap of a model that is being loaded grows by both.
-        if packing.symmetric:
-            full = torch.zeros(shape, dtype=torch.int8, device=self.get_buffer("mask").device)
-        else:
-            full = self.grid.encode(torch.zeros(shape, device=self.get_buffer("mask").device))
         keep = unpack_mask(self.get_buffer("mask"), shape[1])
+        if packing.symmetric:
+            full = torch.zeros(shape, dtype=torch.int8, device=keep.device) if into is None else into
+        else:
+            full = self.grid.encode(torch.zeros(shape, device=keep.device))
         if packing.format == "int8":
             return full.masked_scatter_(keep, self.weight.detach())
         return full.masked_scatter_(keep, unpack_nibbles(self.get_buffer("weight_packed"), int(keep.sum())))
@@ -164,10 +163,13 @@ class PackedLinear(nn.Linear):
         """Rows `ids` of W [len(ids), in]; only a dense int8 weight can be read by rows."""
         return (self.weight.detach()[ids].float() * self.get_buffer("weight_scale")[ids].float()).to(dtype)
 
-    def prepare(self) -> None:
+    def prepare(self, room: Tensor | None = None) -> None:
         """Change to the form that a CPU computes with fastest: dense int8 codes, or torch's int4 layout.
 
         Sparse codes are filled up with zeros: a CPU has no kernel for them. The stored form is given up.
+
+        Args:
+            room: int8 [out, in] of zeros, for the codes of a sparse int8 layer.
         """
         packing = self.packing
         if packing.format == "int8" and not packing.sparse:
@@ -176,7 +178,7 @@ class PackedLinear(nn.Linear):
             return
         if packing.format == "int8":
             if packing.sparse:
-                self.weight = nn.Parameter(self.codes(), requires_grad=False)
+                self.weight = nn.Parameter(self.codes(room), requires_grad=False)
                 self.packing = replace(packing, sparse=False)
                 del self.mask
             return
@@ -210,7 +212,7 @@ class PackedLinear(nn.Linear):
         if x.shape[0] <= FEW_ROWS and kernel_takes(codes, x):
             out = torch._weight_int8pack_mm(x.contiguous(), codes, scale)
         else:
-            out = F.linear(x, codes.to(x.dtype)) * scale
+            out = F.linear(x, codes.to(x.dtype)).mul_(scale)
         if self.packing.outliers:
             columns, weight = self.get_buffer("outlier_columns"), self.get_buffer("outlier_weight")
             out = out + F.linear(x[:, columns], weight.to(x.dtype))
