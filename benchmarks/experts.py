@@ -29,7 +29,7 @@ from stages.common import BASE, SMALL, teacher
 from stages.splits import read_split, read_task
 
 CORPORA = ("movies", "tweets", "amazon", "nyt")
-SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+SHARES = {8: (0.3, 0.5, 0.7, 0.8, 0.9), 0: (0.5, 0.7, 0.9)}  # shared experts -> shares of all 48 that a token uses
 STEPS, BATCH, LR = 1200, 32, 1e-3
 
 
@@ -78,7 +78,12 @@ def relu() -> None:
     model = small_relu(task, tokenizer, train)
     whole = accuracy(model, task, tokenizer, test)
     active = neurons_on(model, task, test)
+    silent = copy.deepcopy(model)
+    for name, layer in silent.named_modules():
+        if name.endswith(".wo"):
+            layer.weight.zero_()
     print(f"ReLU model, dense: {whole:.3f} on {len(test)} test texts; {active:.1%} of its neurons are on for a token")
+    print(f"without any feed-forward: {accuracy(silent, task, tokenizer, test):.3f}", flush=True)
     for clustering, router in (("coactivation", "learned"), ("coactivation", "analytic"), ("parameters", "learned")):
         for part in (0.1, 0.2, 0.3, 0.5):
             split = copy.deepcopy(model)
@@ -138,10 +143,8 @@ def swiglu() -> None:
 
     whole, _ = scored(None)
     print(f"LLM + LoRA, dense: {whole:.3f} on {len(examples)} validation texts of movies")
-    for shared in (8, 0):
-        for part in SHARES:
-            if shared + 1 > round(part * 48):
-                continue
+    for shared, parts in SHARES.items():
+        for part in parts:
             options = {
                 "experts": 48,
                 "shared": shared,

@@ -33,14 +33,18 @@ def main(params: Params) -> None:
     tables = []
     with whole_directory(results("plots")) as plots:
         for task in params.tasks:
+            found: dict[str, Any] = {}
             for recipe in params.recipes:
                 folder, made_by = adapter("evaluated", task, recipe), f"run `dvc repro evaluate@{task}-{recipe}`"
-                metrics = read_json(folder / "metrics.json", made_by)
+                metrics = found[recipe] = read_json(folder / "metrics.json", made_by)
                 summary.setdefault(task, {})[recipe] = compact(metrics)
                 tables.append(table(task, recipe, metrics))
                 accuracy_against_bytes(metrics, f"{task}, {recipe}", plots / f"{task}-{recipe}-bytes.png")
                 curves = read_json(folder / "curves.json", made_by)
                 convergence(curves, f"{task}, {recipe}", plots / f"{task}-{recipe}-convergence.png")
+            if len(found) > 1:
+                tables.append(overview(task, found))
+                recipes_against_bytes(found, task, plots / f"{task}-recipes.png")
     write_json(results("summary.json"), summary)
     write_text(results("table.md"), "\n\n".join(tables) + "\n")
 
@@ -80,6 +84,63 @@ def table(task: str, recipe: str, metrics: dict[str, Any]) -> str:
     else:
         lines.append(f"Recovered share of the gap: {share['value']:.2f} [{share['ci'][0]:.2f}, {share['ci'][1]:.2f}].")
     return "\n".join(lines)
+
+
+def overview(task: str, found: dict[str, Any]) -> str:
+    """All recipes of one task, one a line."""
+    first = next(iter(found.values()))
+    whole = first["methods"]["llm_lora"]
+    lines = [
+        f"### {task}, all recipes ({first['test_items']} test items)", "",
+        "| recipe | MB with adapter | CLM | + inherited LoRA | + LoRA (q, k) | + LoRA (equal budget) | + CA-LoRA | 95 % interval | recovered share |",
+        "|---|---:|---:|---:|---:|---:|---:|---|---|",
+        f"| none: LLM + LoRA | {whole['bytes_on_disk'] / 1e6:.1f} | {first['methods']['llm']['accuracy']:.3f} | {whole['accuracy']:.3f} | | | | "
+        f"{whole['ci'][0]:.3f} to {whole['ci'][1]:.3f} | |",
+    ]  # fmt: skip
+    for recipe, metrics in found.items():
+        methods, share = metrics["methods"], metrics["recovered_share"]
+        ours = methods["clm_calora"]
+        scores = " | ".join(
+            f"{methods[m]['accuracy']:.3f}" for m in ("clm", "clm_inherited", "clm_lora_qk", "clm_lora", "clm_calora")
+        )
+        told = (
+            "below noise"
+            if share["below_noise"]
+            else f"{share['value']:.2f} [{share['ci'][0]:.2f}, {share['ci'][1]:.2f}]"
+        )
+        lines.append(
+            f"| {recipe} | {ours['bytes_on_disk'] / 1e6:.1f} | {scores} | {ours['ci'][0]:.3f} to {ours['ci'][1]:.3f} | {told} |"
+        )
+    return "\n".join(lines)
+
+
+def recipes_against_bytes(found: dict[str, Any], task: str, path: Path) -> None:
+    """Each recipe an arrow: from the inherited LoRA to CA-LoRA, megabytes on disk against accuracy."""
+    figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
+    methods = next(iter(found.values()))["methods"]
+    label, colour, marker = METHODS["llm_lora"]
+    whole = methods["llm_lora"]
+    axes.axhline(whole["accuracy"], color=colour, lw=1, ls="--")
+    axes.plot(whole["bytes_on_disk"] / 1e6, whole["accuracy"], marker, ms=9, color=colour, label=label)
+    for recipe, metrics in found.items():
+        before, after = (
+            (m["bytes_on_disk"] / 1e6, m["accuracy"])
+            for m in (metrics["methods"][k] for k in ("clm_inherited", "clm_calora"))
+        )
+        axes.annotate(
+            "", after, before, arrowprops={"arrowstyle": "->", "color": "#999999", "shrinkA": 5, "shrinkB": 6}
+        )
+        for place, method in ((before, "clm_inherited"), (after, "clm_calora")):
+            label, colour, marker = METHODS[method]
+            axes.plot(*place, marker, ms=9, color=colour, label=label)
+        axes.annotate(recipe, after, xytext=(0, 8), textcoords="offset points", ha="center", fontsize=8)
+    handles, labels = axes.get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))
+    axes.set(xlabel="MB on disk (base and adapter)", ylabel="test accuracy", title=f"{task}: before and after CA-LoRA")
+    axes.grid(alpha=0.3)
+    axes.legend(once.values(), once.keys(), fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
 
 
 def accuracy_against_bytes(metrics: dict[str, Any], title: str, path: Path) -> None:
