@@ -20,5 +20,9 @@ class OneToken:
         ids = [kwargs[name] for name in ("input_ids", "decoder_input_ids") if kwargs.get(name) is not None]
         if not ids or any(tensor.numel() != 1 or tensor.device.type != "cpu" for tensor in ids):
             return parent.__call__(*args, **kwargs)
-        with torch.backends.mkldnn.flags(enabled=False):
+        onednn: Any = torch.backends.mkldnn
+        before, onednn.enabled = onednn.enabled, False
+        try:
             return parent.__call__(*args, **kwargs)
+        finally:
+            onednn.enabled = before

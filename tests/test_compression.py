@@ -18,10 +18,12 @@ from calora.compression import Calibration, compress
 from calora.compression.prune import keep_highest, keep_n_of_m
 from calora.compression.sweep import cut, inverse_factor, round_to
 from calora.errors import CaloraError
+from calora.experts import ExpertLinear
 from calora.layout import dense_weight, prepare
 from calora.models import load_model
 from calora.nf4 import Nf4Linear
 from calora.packed import PackedLinear, Packing
+from calora.recovery import RecoveryBypass, activate, attach
 from tests.conftest import make_model
 
 PRUNE, INT8 = {"prune": {"score": "wanda", "pattern": "2:4"}}, {"quantize": {"format": "int8", "embeddings": "int8"}}
@@ -396,18 +398,51 @@ def test_truncated_edited_and_pickled_weights_are_refused(tmp_path, llama, toy):
         calora.load(out)
 
 
-def test_experts_of_one_token_are_those_of_many(tmp_path, calibration):
-    """Computing only the chosen rows is the masked feed-forward."""
-    for name in ("m", "q8_up_m"):
-        model = load_model(wide(tmp_path / name), torch.bfloat16)
-        compress(model, RECIPES[name], calibration)
-        feed_forward = model.model.layers[0].mlp
-        x = torch.randn(6, 1, 64, dtype=torch.bfloat16)
-        with torch.no_grad():
-            many = feed_forward(x)
-            prepare(model)
-            one = torch.cat([feed_forward(row.unsqueeze(0)) for row in x])
-        torch.testing.assert_close(one, many, rtol=2e-2, atol=2e-2)
+@pytest.mark.parametrize("name", ["m", "q8_up_m"])
+@pytest.mark.parametrize("choice", [{}, {"shared": 0}, {"threshold": -0.5}])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_experts_of_one_token_are_those_of_many(tmp_path, calibration, name, choice, adapted):
+    """Computing only the chosen rows is the masked feed-forward, with and without adapters that write to all neurons."""
+    model = load_model(wide(tmp_path / name), torch.bfloat16)
+    compress(model, [{"moefy": {**EXPERTS, **choice}}, *RECIPES[name][1:]], calibration)
+    feed_forward = model.model.layers[0].mlp
+    x = torch.randn(6, 1, 64, dtype=torch.bfloat16)
+    if adapted:
+        for layer in (feed_forward.up_proj, feed_forward.down_proj):
+            bypass = RecoveryBypass(layer.in_features, layer.out_features, 4, "gelu").bfloat16().requires_grad_(False)
+            attach(layer, "a", bypass)
+            torch.nn.init.normal_(bypass.up)
+    with torch.no_grad():
+        activate(model, "a")
+        many = feed_forward(x)
+        made = {part: getattr(feed_forward, part) for part in ("up_proj", "down_proj")}
+        prepare(model)
+        if adapted:  # a prepared layer is a new one, and adapters come after it
+            for part, layer in made.items():
+                attach(getattr(feed_forward, part), "a", layer.recovery["a"])
+            activate(model, "a")
+        assert isinstance(feed_forward.up_proj, ExpertLinear)
+        one = torch.cat([feed_forward(row.unsqueeze(0)) for row in x])
+        assert feed_forward.choice.experts is None
+        again = feed_forward(x)
+    torch.testing.assert_close(one, many, rtol=2e-2, atol=2e-2 * float(many.abs().max()))
+    torch.testing.assert_close(again, many, rtol=2e-2, atol=2e-2 * float(many.abs().max()))
+
+
+def test_onednn_is_off_for_single_tokens_only(tmp_path, calibration):
+    base, out = wide(tmp_path), tmp_path / "out"
+    model = load_model(base, torch.bfloat16)
+    save(model, compress(model, RECIPES["q8"], calibration), out, base)
+    model, seen = load(out), []
+    model.model.layers[0].register_forward_pre_hook(lambda *_: seen.append(torch.backends.mkldnn.enabled))
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[3]]))
+        model(input_ids=torch.tensor([[3, 5]]))
+        model.generate(input_ids=torch.tensor([[3, 5]]), max_new_tokens=2, min_new_tokens=2)
+        with pytest.raises(IndexError):
+            model(input_ids=torch.tensor([[1000]]))
+    assert seen == [False, True, True, False]
+    assert torch.backends.mkldnn.enabled
 
 
 def test_all_experts_active_is_the_dense_feed_forward(tmp_path, calibration):

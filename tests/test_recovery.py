@@ -45,6 +45,25 @@ def test_bypass_is_sigma_xd_u():
     assert set(recovery_state(nn.ModuleDict({"l": layer}), "a")) == {"l.down", "l.up"}
 
 
+@pytest.mark.parametrize("rows", [1, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_sum_within_the_last_product_is_output_plus_bypass(rows, dtype):
+    torch.manual_seed(0)
+    bypass = RecoveryBypass(16, 12, 4, "gelu").to(dtype)
+    nn.init.normal_(bypass.up)
+    x, output = torch.randn(1, rows, 16, dtype=dtype), torch.randn(1, rows, 12, dtype=dtype)
+    expected = output + bypass(x)
+    kept = bypass.beside(output.clone(), x)
+    kept.sum().backward()
+    assert bypass.down.grad is not None
+    with torch.no_grad():
+        inplace = bypass.beside(output.clone(), x)
+    # one rounding instead of two in bf16 (2^-8); in fp32 the order of the sum
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-6
+    for found in (kept, inplace):
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("activation", ["gelu", "silu", "relu", "identity"])
 def test_warm_start_equals_its_linear_map(activation):
     torch.manual_seed(0)
