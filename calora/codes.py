@@ -81,6 +81,18 @@ def fit_grid(weight: Tensor, bits: int, group: int, symmetric: bool, dtype: torc
     return Grid(scale, zero, bits)
 
 
+def nearest_rows(weight: Tensor, rows: int = 4096) -> tuple[Tensor, Tensor]:
+    """int8 codes [out, in] and scales [out, 1] of a table, some rows at a time: its fp32 copy never exists as a whole."""
+    weight = weight.detach()
+    codes = torch.empty(weight.shape, dtype=torch.int8)
+    scale = weight.new_empty(len(weight), 1)
+    for start in range(0, len(weight), rows):
+        part = weight[start : start + rows]
+        grid = fit_grid(part, 8, weight.shape[1], True, weight.dtype)
+        codes[start : start + rows], scale[start : start + rows] = grid.encode(part), grid.scale
+    return codes, scale
+
+
 def _usable(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(scale > 0, scale, torch.ones_like(scale)).to(dtype)
 

@@ -143,12 +143,15 @@ class Experts(nn.Module):
 
 def activation_of(dense: nn.Module) -> nn.Module:
     """The activation of a feed-forward of transformers."""
-    for name in ("act_fn", "act"):
+    for name in ("act_fn", "act", "activation_fn"):
         if hasattr(dense, name):
             found: nn.Module = getattr(dense, name)
             return found
     raise CaloraError(
-        type(dense).__name__, "a feed-forward with act or act_fn", "none", "leave `moefy` out for this base"
+        type(dense).__name__,
+        "a feed-forward with act, act_fn or activation_fn",
+        "none",
+        "leave `moefy` out for this base",
     )
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from calora.codes import (
     Grid,
-    fit_grid,
+    nearest_rows,
     pack_mask,
     pack_nibbles,
     pack_words,
@@ -264,9 +264,8 @@ class PackedEmbedding(nn.Embedding):
         """Quantise an embedding table row by row."""
         table = layer.weight.detach()
         packed = cls(layer.num_embeddings, layer.embedding_dim, layer.padding_idx, table.dtype)
-        grid = fit_grid(table, 8, table.shape[1], True, table.dtype)
-        packed.weight = nn.Parameter(grid.encode(table), requires_grad=False)
-        packed.weight_scale = grid.scale
+        codes, packed.weight_scale = nearest_rows(table)
+        packed.weight = nn.Parameter(codes, requires_grad=False)
         return packed
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:

@@ -6,13 +6,22 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PhiConfig, PhiForCausalLM
 
 import calora
 import calora.plugin  # from_pretrained then knows our format
 from calora.artifacts import bytes_on_disk, read_json, write_json
 from calora.calibrate import linear_layers
-from calora.codes import fit_grid, pack_mask, pack_nibbles, pack_words, unpack_mask, unpack_nibbles, unpack_words
+from calora.codes import (
+    fit_grid,
+    nearest_rows,
+    pack_mask,
+    pack_nibbles,
+    pack_words,
+    unpack_mask,
+    unpack_nibbles,
+    unpack_words,
+)
 from calora.compressed import load, save
 from calora.compression import Calibration, compress
 from calora.compression.prune import keep_highest, keep_n_of_m
@@ -69,6 +78,14 @@ def test_int8_codes_are_those_of_bitsandbytes():
     theirs, absmax, _ = bnb.functional.int8_vectorwise_quant(weight.half())
     assert int((grid.encode(weight).int() - theirs.int()).abs().max()) <= 1  # ties round differently
     torch.testing.assert_close(grid.scale.flatten() * 127, absmax.float())
+
+
+def test_a_table_is_quantised_alike_in_one_piece_and_in_many():
+    torch.manual_seed(0)
+    weight = torch.randn(11, 16, dtype=torch.bfloat16)
+    grid = fit_grid(weight, 8, 16, True, torch.bfloat16)
+    codes, scale = nearest_rows(weight, rows=4)
+    assert torch.equal(codes, grid.encode(weight)) and torch.equal(scale, grid.scale)
 
 
 def test_nf4_values_are_those_of_bitsandbytes():
@@ -342,7 +359,7 @@ BAD = [
     ([{"moefy": EXPERTS}, {"moefy": EXPERTS}], "experts already"),
     ([INT8, PRUNE], "no prune after quantize"),
     ([PRUNE, {"moefy": EXPERTS}], "reordering neurons"),
-    ([PRUNE, {"quantize": {"format": "nf4"}}], "no nf4 after prune"),
+    ([PRUNE, {"quantize": {"format": "nf4"}}], "stores no pattern"),
     ([INT8, INT8], "no quantize after quantize"),
 ]
 
@@ -451,3 +468,32 @@ def test_all_experts_active_is_the_dense_feed_forward(tmp_path, calibration):
     compress(model, [{"moefy": {**EXPERTS, "active": 0.99, "shared": 3}}], calibration)
     ids = torch.tensor([[3, 5, 9, 12]])
     torch.testing.assert_close(model(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_feed_forward_of_two_layers_with_biases_is_split_alike(calibration):
+    """Phi's: fc1, fc2, and an activation of its own name."""
+    torch.manual_seed(0)
+    config = PhiConfig(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        hidden_act="relu",
+    )
+    dense = PhiForCausalLM(config).eval().requires_grad_(False)
+    for block in dense.model.layers:
+        torch.nn.init.normal_(block.mlp.fc1.bias)
+    model = copy.deepcopy(dense)
+    compress(model, [{"moefy": {**EXPERTS, "active": 0.99, "shared": 0}}], calibration)
+    ids = torch.tensor([[3, 5, 9, 12]])
+    torch.testing.assert_close(model(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-5)
+    few = copy.deepcopy(dense)
+    compress(few, [{"moefy": {**EXPERTS, "active": 0.3, "shared": 0}}], calibration)
+    many = few(ids, use_cache=False).logits
+    prepare(few)
+    cache = None
+    for place in range(ids.shape[1]):  # one token at a time: only the chosen rows
+        out = few(ids[:, place : place + 1], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+    torch.testing.assert_close(out.logits[:, -1], many[:, -1], rtol=1e-4, atol=1e-5)

@@ -27,24 +27,27 @@ class Step:
     """A step of a recipe: `check(model, options)` raises before any work; `apply(model, options, calibration)` reports.
 
     Args:
-        after: the steps that it may not follow, and why.
+        after: the steps that it may not follow with these options, and why.
     """
 
     check: Callable[[PreTrainedModel, dict[str, Any]], None]
     apply: Callable[[PreTrainedModel, dict[str, Any], Calibration], dict[str, Any]]
-    after: Mapping[str, str]
+    after: Callable[[Mapping[str, Any]], Mapping[str, str]]
 
 
-CODES = "codes of quantised weights cannot be changed"
+CODES = {"quantize": "codes of quantised weights cannot be changed"}
+NO_PATTERN = {"prune": "bitsandbytes stores no pattern; use int8 or int4"}
 STEPS: dict[str, Step] = {
-    "shrink": Step(shrink.check, shrink.shrink, {
-        "moefy": "experts would lose their equal sizes", "prune": "cutting inputs would break the groups of a pattern", "quantize": CODES,
+    "shrink": Step(shrink.check, shrink.shrink, lambda _: CODES | {
+        "moefy": "experts would lose their equal sizes", "prune": "cutting inputs would break the groups of a pattern",
     }),
-    "moefy": Step(moefy.check, moefy.moefy, {
-        "moefy": "its feed-forwards are experts already", "prune": "reordering neurons would break the groups of a pattern", "quantize": CODES,
+    "moefy": Step(moefy.check, moefy.moefy, lambda _: CODES | {
+        "moefy": "its feed-forwards are experts already", "prune": "reordering neurons would break the groups of a pattern",
     }),
-    "prune": Step(prune.check, prune.prune, {"prune": "the second pattern would undo the first", "quantize": CODES}),
-    "quantize": Step(quantize.check, quantize.quantize, {"quantize": CODES}),
+    "prune": Step(prune.check, prune.prune, lambda _: CODES | {"prune": "the second pattern would undo the first"}),
+    "quantize": Step(quantize.check, quantize.quantize, lambda options: CODES | (
+        NO_PATTERN if options.get("format") == "nf4" else {}
+    )),
 }  # fmt: skip
 
 
@@ -117,15 +120,11 @@ def check_recipe(recipe: Recipe) -> list[tuple[str, dict[str, Any]]]:
         if not isinstance(item, Mapping) or len(item) != 1 or next(iter(item)) not in STEPS:
             raise CaloraError("recipe", f"steps among {', '.join(STEPS)}", item, FIX)
         step, options = next(iter(item.items()))
-        for earlier, _ in steps:
-            if earlier in STEPS[step].after:
-                reason = STEPS[step].after[earlier]
-                raise CaloraError("recipe", f"no {step} after {earlier}", f"one: {reason}", FIX)
         chosen = dict(options or {})
-        if chosen.get("format") == "nf4" and any(earlier == "prune" for earlier, _ in steps):
-            raise CaloraError(
-                "recipe", "no nf4 after prune", "one: bitsandbytes stores no pattern; use int8 or int4", FIX
-            )
+        reasons = STEPS[step].after(chosen)
+        for earlier, _ in steps:
+            if earlier in reasons:
+                raise CaloraError("recipe", f"no {step} after {earlier}", f"one: {reasons[earlier]}", FIX)
         steps.append((step, chosen))
     if not steps:
         raise CaloraError("recipe", "at least one step", "none", FIX)

@@ -211,7 +211,6 @@ def each_block(
         shape stayed), `blocks` (name -> relative error of the block's output), and `kept` (tensors).
     """
     report: dict[str, Any] = {"layers": {}, "blocks": {}, "kept": {}}
-    layers = linear_layers(model)
     total = sum(len(stack) for stack in stacks(model).values())
     bar = progress(range(total), title, "blocks")
     turn = iter(bar)
@@ -226,7 +225,8 @@ def each_block(
                     recorded = _record(model, stack, calibration.examples)
                     for earlier in range(index):
                         recorded.hidden = list(Block("", stack[earlier], {}, recorded, earlier).run())
-                own = {key: layer for key, layer in layers.items() if key.startswith(f"{name}.")}
+                # Asked for anew: a table of all layers would keep every one that was replaced.
+                own = {key: layer for key, layer in linear_layers(model).items() if key.startswith(f"{name}.")}
                 done = _change(model, Block(name, module, own, recorded, index), change)
                 if calibration.checkpoint:
                     _keep(calibration.checkpoint / f"{title}-{name}.safetensors", model, done)

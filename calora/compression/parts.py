@@ -35,7 +35,8 @@ def feed_forward(name: str, block: nn.Module) -> FeedForward:
     """
     for path, module in block.named_modules():
         for inputs, output in FEED_FORWARDS:
-            if all(isinstance(getattr(module, part, None), nn.Linear) for part in (*inputs, output)):
+            # A block that holds them itself (OPT's) has no feed-forward to put another in place of.
+            if path and all(isinstance(getattr(module, part, None), nn.Linear) for part in (*inputs, output)):
                 own = f"{name}.{path}"
                 return FeedForward(own, tuple(f"{own}.{part}" for part in inputs), f"{own}.{output}")
     known = "; ".join("/".join((*inputs, output)) for inputs, output in FEED_FORWARDS)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from calora.calibrate import linear_layers
-from calora.codes import fit_grid
+from calora.codes import fit_grid, nearest_rows
 from calora.compression.blocks import Block, Calibration, Change, each_block
 from calora.compression.options import FIX, one_of, parse
 from calora.compression.sweep import round_to
@@ -132,9 +132,12 @@ def _embeddings(model: PreTrainedModel) -> dict[str, nn.Module]:
         if isinstance(module, nn.Embedding) and module.weight is table.weight:
             packed[name] = packed_table
         elif module is head and isinstance(module, nn.Linear):
-            grid = fit_grid(module.weight, 8, module.in_features, True, module.weight.dtype)
-            packed_head = PackedLinear.pack(module, Packing("int8", group=module.in_features), grid=grid)
-            if module.weight is table.weight:
-                packed_head.weight, packed_head.weight_scale = packed_table.weight, packed_table.weight_scale
+            packing = Packing("int8", group=module.in_features)
+            packed_head = PackedLinear(module.in_features, module.out_features, packing, module.weight.dtype)
+            tied = module.weight is table.weight
+            codes, scale = (packed_table.weight, packed_table.weight_scale) if tied else nearest_rows(module.weight)
+            bias = {} if module.bias is None else {"bias": module.bias.detach()}
+            packed_head.restore({"weight": codes, "weight_scale": scale, **bias})
+            packed_head.weight = packed_table.weight if tied else packed_head.weight  # one parameter, also when moved
             packed[name] = packed_head
     return packed
