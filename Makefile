@@ -4,7 +4,7 @@ BIN := .venv/bin
 export DVC_NO_ANALYTICS := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup run smoke test lint format clean
+.PHONY: help setup run ui compare ablation convergence smoke test lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -17,7 +17,19 @@ $(BIN)/.done: requirements.txt pyproject.toml
 	touch $@
 
 run: setup  ## the pipeline (dvc repro), then the table of methods
-	@$(BIN)/python -m pipeline run
+	@$(BIN)/python -m pipeline repro
+
+ui: setup  ## the Prefect UI, for runs started by hand or by a schedule (PORT=4200)
+	@$(BIN)/python -m pipeline ui --port $(or $(PORT),4200)
+
+compare: setup  ## the experiments of this commit side by side; writes results/report.html (EXP="a b")
+	@$(BIN)/python -m pipeline compare $(EXP)
+
+ablation: setup  ## the paper's ablation: inherit x recover x distil, three seeds
+	@$(BIN)/python -m pipeline ablation
+
+convergence: setup  ## validation accuracy against step on four compressed models
+	@$(BIN)/python -m pipeline convergence
 
 smoke: setup  ## the same stages and real input on a few hundred texts, in .smoke
 	@$(BIN)/python -m pipeline smoke

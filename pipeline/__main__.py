@@ -1,86 +1,189 @@
-"""`python -m pipeline run`: dvc repro, then the table of methods. `smoke`: the same on a few hundred texts."""
+"""`python -m pipeline COMMAND`: the pipeline here (repro), runs in checkouts of their own (run, ui), and what they gave (compare)."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
-import shutil
-import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import yaml
-from rich.console import Console
-from rich.markdown import Markdown
+from pydantic import ValidationError
 
-ROOT = Path(__file__).resolve().parents[1]
-SMOKE = {
-    "data": {"sizes": {"train": 96, "unlabelled": 48, "validation": 32, "test": 64}},
-    "train": {"steps": 6, "batch_size": 8, "warmup": 2, "eval_every": 6},
-    "inherit": {"calibration_texts": 32},
-    "compress": {"calibration": {"texts": 32}},
-}
-NO_GIT = """This folder is no git repository: the pipeline runs, but `dvc exp` (comparing runs) needs one. To have it:
-  git init && git add -A && git commit -m "start"
-"""
+from calora.errors import CaloraError
+from pipeline import local
+from pipeline.settings import ROOT, Settings
 
 
-def dvc(folder: Path, *arguments: str) -> int:
-    """Run DVC in `folder`, with this interpreter's programs first on the PATH."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "DVC_NO_ANALYTICS": "1", "PYTHONUNBUFFERED": "1"}
-    return subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=folder, env=environment).returncode
+def main(arguments: list[str]) -> int:
+    """Exit code of a command; a user's mistake is told in one line."""
+    parser = argparse.ArgumentParser(prog="python -m pipeline", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, add in COMMANDS.items():
+        help_text = (add.__doc__ or "").strip()
+        command = commands.add_parser(name, help=help_text, description=help_text)
+        command.set_defaults(act=add(command))
+    chosen = parser.parse_args(arguments)
+    try:
+        return int(chosen.act(chosen) or 0)
+    except CaloraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
-def without_git(folder: Path) -> bool:
-    """True if DVC has to do without git here; it is then told so, in a local setting."""
-    for parent in (folder, *folder.parents):
-        if (parent / ".git").exists():
-            return False
-    dvc(folder, "config", "--local", "--quiet", "core.no_scm", "true")
-    return True
+Act = Callable[[argparse.Namespace], Any]
 
 
-def repro(folder: Path) -> int:
-    """`dvc repro`, then the table."""
-    if without_git(folder):
-        print(NO_GIT)
-    check = [sys.executable, "-c", "from stages.common import run; run(lambda params: None)"]
-    if code := subprocess.run(check, cwd=folder).returncode:
-        return code
-    if code := dvc(folder, "repro"):
-        return code
-    Console().print(Markdown((folder / "results/table.md").read_text(encoding="utf-8")))
-    print(f"Details: {folder / 'results'}")
-    return 0
+def repro(_: argparse.ArgumentParser) -> Act:
+    """`dvc repro` in this folder, then the table of methods."""
+    return lambda _: local.repro(ROOT)
 
 
-def merged(base: dict[str, object], change: dict[str, object]) -> dict[str, object]:
-    """`base` with the leaves of `change`."""
-    result = dict(base)
-    for key, value in change.items():
-        old = result.get(key)
-        result[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return result
+def smoke(_: argparse.ArgumentParser) -> Act:
+    """The same stages and real input on a few hundred texts, in .smoke."""
+    return lambda _: local.smoke()
 
 
-def smoke() -> int:
-    """The pipeline with small parameters in .smoke, a DVC project of its own beside the same downloads."""
-    folder = ROOT / ".smoke"
-    folder.mkdir(exist_ok=True)
-    for name in ("calora", "stages", "pipeline"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "dvc.yaml", folder)
-    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    (folder / "params.yaml").write_text(yaml.safe_dump(merged(params, SMOKE), sort_keys=False), encoding="utf-8")
-    os.environ.setdefault("CALORA_DOWNLOADS", str(ROOT / ".cache/downloads"))
-    if not (folder / ".dvc").exists() and (code := dvc(folder, "init", "--quiet", "--no-scm")):
-        return code
-    return repro(folder)
+def run(command: argparse.ArgumentParser) -> Act:
+    """A run in a checkout of its own, which ends as a DVC experiment: what the Prefect UI starts, without a server."""
+    command.add_argument("--name", default="run", help="of the experiment; a number is added where it is taken")
+    command.add_argument("--commit", default="HEAD", help="what the run starts from (HEAD)")
+    command.add_argument(
+        "--take-along", action="store_true", help="take uncommitted changes along; else they are refused"
+    )
+    command.add_argument("--only", nargs="+", default=[], metavar="STAGE", help="these stages, with what they need")
+    add_settings(command)
+
+    def act(chosen: argparse.Namespace) -> int:
+        settings = settings_of(chosen)
+        alone()
+        from pipeline.flow import ca_lora
+
+        changed = "take along" if chosen.take_along else "refuse"
+        state = ca_lora(chosen.name, settings, chosen.commit, changed, chosen.only, return_state=True)
+        return 0 if state.is_completed() else 1
+
+    return act
+
+
+def ui(command: argparse.ArgumentParser) -> Act:
+    """The Prefect server and the deployment, on this machine only, until Ctrl-C."""
+    command.add_argument("--port", type=int, default=4200, help="of the server; results have the next one (4200)")
+    command.add_argument("--runs", type=int, default=2, help="that work at the same time (2)")
+
+    def act(chosen: argparse.Namespace) -> int:
+        from pipeline.ui import serve_ui
+
+        return serve_ui(chosen.port, chosen.runs)
+
+    return act
+
+
+def compare(command: argparse.ArgumentParser) -> Act:
+    """The working tree and the experiments under this commit, or those named, side by side; writes results/report.html."""
+    command.add_argument("experiments", nargs="*", help="names of `dvc exp list`, commits, or `workspace`")
+
+    def act(chosen: argparse.Namespace) -> None:
+        from pipeline.checkout import commit_of, experiments
+        from pipeline.compare import WORKSPACE, compare
+
+        compare(ROOT, chosen.experiments or [WORKSPACE, *experiments(ROOT, commit_of(ROOT, "HEAD"))])
+
+    return act
+
+
+def sweep(command: argparse.ArgumentParser) -> Act:
+    """Every combination of some values as an experiment, those that there are already skipped, and then the comparison."""
+    command.add_argument(
+        "values", nargs="+", metavar="KEY=VALUE,VALUE", help="such as distill.alpha=0.01,0.05 recipes=q8_up,nf4"
+    )
+    command.add_argument("--name", default="sweep", help="first part of the experiments' names (sweep)")
+
+    def act(chosen: argparse.Namespace) -> None:
+        alone()
+        from pipeline.compare import compare
+        from pipeline.sweep import cells, sweep
+
+        compare(ROOT, sweep(ROOT, chosen.name, cells(chosen.values)))
+
+    return act
+
+
+def ablation(command: argparse.ArgumentParser) -> Act:
+    """The eight cells of inherit x recover x distil, with some seeds, as experiments; then their table and plot."""
+    command.add_argument("--task", default="movies")
+    command.add_argument("--recipe", default="q8_up")
+    command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+
+    def act(chosen: argparse.Namespace) -> None:
+        alone()
+        from pipeline.paper import ablation
+
+        print(ablation(ROOT, chosen.task, chosen.recipe, chosen.seeds).read_text(encoding="utf-8"))
+
+    return act
+
+
+def convergence(command: argparse.ArgumentParser) -> Act:
+    """Validation accuracy against step, of CA-LoRA and a fresh LoRA on four compressed models, as an experiment and a plot."""
+    command.add_argument("--task", default="movies")
+    command.add_argument("--recipes", nargs="+", default=["q8", "up", "m", "q8_up"])
+
+    def act(chosen: argparse.Namespace) -> None:
+        alone()
+        from pipeline.paper import convergence
+
+        print(convergence(ROOT, chosen.task, chosen.recipes))
+
+    return act
+
+
+COMMANDS = {
+    "repro": repro, "smoke": smoke, "run": run, "ui": ui, "compare": compare, "sweep": sweep, "ablation": ablation,
+    "convergence": convergence,
+}  # fmt: skip
+
+
+def alone() -> None:
+    """Let Prefect work without a server, its state inside the project, unless PREFECT_API_URL names one."""
+    os.environ.setdefault("PREFECT_HOME", str(ROOT / ".prefect"))
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+
+
+def add_settings(command: argparse.ArgumentParser) -> None:
+    """An option for each field of the form."""
+    for name, field in Settings.model_fields.items():
+        if name == "other":
+            continue
+        option, several = f"--{name.replace('_', '-')}", name in ("tasks", "recipes")
+        command.add_argument(option, nargs="+" if several else None, help=field.description)
+    command.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="any other key of params.yaml, such as train.lr=0.002"
+    )
+
+
+def settings_of(chosen: argparse.Namespace) -> Settings:
+    """The checked fields; raises `CaloraError` with the name of the first that is wrong."""
+    values = {name: getattr(chosen, name) for name in Settings.model_fields if name != "other"}
+    other = dict(pair(text) for text in chosen.set)
+    try:
+        return Settings.model_validate({**{k: v for k, v in values.items() if v is not None}, "other": other})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise CaloraError(where, first["msg"], json.dumps(first["input"]), "python -m pipeline run --help") from None
+
+
+def pair(text: str) -> tuple[str, Any]:
+    """`key=value`, the value as YAML."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise CaloraError("--set", "KEY=VALUE", repr(text), "such as train.lr=0.002")
+    return key, yaml.safe_load(value)
 
 
 if __name__ == "__main__":
-    commands = {"run": lambda: repro(ROOT), "smoke": smoke}
-    if len(sys.argv) != 2 or sys.argv[1] not in commands:
-        sys.exit(f"usage: python -m pipeline {{{','.join(commands)}}}")
-    sys.exit(commands[sys.argv[1]]())
+    sys.exit(main(sys.argv[1:]))

@@ -15,7 +15,9 @@ OURS = {"calora", "stages", "pipeline"}
 MAY_IMPORT = {
     "calora": {"calora", "torch", "transformers", "peft", "safetensors", "accelerate", "tqdm", "numpy"},
     "stages": {"calora", "stages", "pydantic", "yaml", "torch", "transformers", "safetensors", "datasets", "huggingface_hub", "sklearn", "matplotlib", "peft"},
-    "pipeline": {"pipeline", "dvc", "prefect", "yaml", "rich"},
+    "pipeline": {
+        "pipeline", "stages", "calora", "dvc", "prefect", "pydantic", "yaml", "ruamel", "networkx", "rich", "tqdm", "numpy", "matplotlib",
+    },
 }  # fmt: skip
 
 

@@ -1,0 +1,188 @@
+"""The flow: a checkout of its own, one task for each DVC stage, and a DVC experiment at the end."""
+
+# No postponed annotations here: Prefect builds its form from the types themselves.
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.futures import PrefectFuture
+from prefect.states import Completed, State
+from prefect.task_runners import ThreadPoolTaskRunner
+from pydantic import Field
+
+from calora.errors import CaloraError
+from pipeline.checkout import checkout, commit_of, experiments, resumable, sweep, uncommitted
+from pipeline.graph import LockBusy, StageFailed, run_stage, stages, unchanged, with_needed
+from pipeline.process import DVC, Processes
+from pipeline.settings import NAME, ROOT, Settings, changes, write_params
+from pipeline.show import show_results
+
+PROGRESS = re.compile(r"(?P<title>.+): (?P<done>\d+) of (?P<all>\d+) (?P<unit>\w+), .* left(?P<rest>.*)")
+WORDS = {"ran": "Completed", "restored": "Cached", "unchanged": "Cached"}
+
+
+def can_help(_: Any, run: Any, state: State) -> bool:
+    """Whether trying a stage again can help: another process held a lock, or a download broke off."""
+    try:
+        state.result()
+    except LockBusy:
+        return True
+    except StageFailed as error:
+        return str(error).startswith(("base:", "download@"))
+    except Exception:
+        return False
+    return False
+
+
+@task(
+    task_run_name="{stage}",
+    retries=3,
+    retry_delay_seconds=[2, 5, 15],
+    retry_condition_fn=can_help,
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
+def dvc_stage(stage: str, folder: Path, known: bool, processes: Processes) -> State:
+    """One stage of the graph; `known` says that nothing of it changed."""
+    if known:
+        return Completed(name="Cached", message="unchanged")
+    log, bar = get_run_logger(), Bar(stage)
+
+    def say(line: str) -> None:
+        log.info(line)
+        bar.see(line)
+
+    what = run_stage(stage, folder, processes, say).what
+    return Completed(name=WORDS[what], message=what)
+
+
+class Bar:
+    """A stage's progress artifact, moved by the lines of its output."""
+
+    def __init__(self, stage: str) -> None:
+        self.key = re.sub("[^a-z0-9]+", "-", stage.lower()).strip("-")
+        self.artifact: UUID | None = None
+
+    def see(self, line: str) -> None:
+        found = PROGRESS.fullmatch(line)
+        if not found:
+            return
+        share = 100 * int(found["done"]) / max(int(found["all"]), 1)
+        if self.artifact is None:
+            self.artifact = create_progress_artifact(share, key=self.key, description=line)
+        else:
+            update_progress_artifact(self.artifact, share, description=line)
+
+
+@contextmanager
+def stopping(processes: Processes) -> Iterator[None]:
+    """On SIGTERM (a cancelled run) stop every command before Prefect ends the run."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+
+    def end(number: int, frame: Any) -> None:
+        processes.stop()
+        if callable(before):
+            before(number, frame)
+        else:
+            raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def clean_up(*_: Any) -> None:
+    """What a killed run leaves is removed by the process that watched it."""
+    sweep(ROOT)
+
+
+@flow(name="ca-lora", flow_run_name="{name}", task_runner=ThreadPoolTaskRunner(max_workers=int(os.environ.get("CALORA_WORKERS", "1"))),
+      on_crashed=[clean_up], on_cancellation=[clean_up])  # fmt: skip
+def ca_lora(
+    name: Annotated[str, Field(pattern=NAME)] = "run",
+    settings: Settings = Settings(),  # noqa: B008  # frozen in use
+    commit: str = "HEAD",
+    changed_files: Literal["refuse", "take along"] = "refuse",
+    only: list[str] = [],  # noqa: B006
+) -> dict[str, str]:
+    """Run the pipeline in a checkout of its own, and keep the result as a DVC experiment.
+
+    Args:
+        name: Of the experiment, in `dvc exp show`; a number is added where it is taken.
+        settings: What this run changes. Empty fields stay as params.yaml has them.
+        commit: What the run starts from, and its experiment is listed under: a branch, tag, experiment or hash.
+        changed_files: If the working tree has uncommitted changes: refuse to run, or take them along.
+        only: Stages to run, with what they need, such as distill; empty for all.
+    """
+    log = get_run_logger()
+    parent = commit_of(ROOT, commit)
+    changed = uncommitted(ROOT) if commit == "HEAD" else []
+    if changed and changed_files == "refuse":
+        raise CaloraError(
+            "working tree",
+            "no uncommitted changes",
+            ", ".join(changed[:5]),
+            "commit them, or set `changed_files` to `take along`",
+        )
+    processes = Processes()
+    with stopping(processes), checkout(ROOT, parent, take_along=bool(changed)) as folder:
+        for key, (old, new) in write_params(folder, changes(settings)).items():
+            log.info(f"{key}: {old} -> {new}")
+        with resumable(ROOT, folder):
+            check_params(folder, processes, log.info)
+            graph = with_needed(stages(folder), only)
+            states = run_all(graph, unchanged(folder, graph), folder, processes)
+            failed = [stage for stage, state in states.items() if state.name not in ("Completed", "Cached")]
+            if failed:
+                raise StageFailed("; ".join(f"{stage}: {states[stage].name}" for stage in failed))
+            if not only:
+                saved = save_experiment(ROOT, folder, name, processes, log.info)
+                show_results(ROOT, folder, parent, saved)
+    return {stage: state.name or "" for stage, state in states.items()}
+
+
+def check_params(folder: Path, processes: Processes, say: Callable[[str], None]) -> None:
+    """Let the checkout's own code check its params.yaml, before any stage runs."""
+    lines: list[str] = []
+    check = "from stages.common import run; run(lambda params: None)"
+    if processes.run([sys.executable, "-c", check], folder, lines.append):
+        raise StageFailed(lines[-1] if lines else "params.yaml is wrong")
+
+
+def run_all(graph: dict[str, list[str]], known: set[str], folder: Path, processes: Processes) -> dict[str, State]:
+    """Every stage after those that it needs; one that fails leaves the branches that do not need it going."""
+    futures: dict[str, PrefectFuture[Any]] = {}
+    for stage, needs in graph.items():
+        waits = [futures[needed] for needed in needs]
+        futures[stage] = dvc_stage.submit(stage, folder, stage in known, processes, wait_for=waits)
+    for future in futures.values():
+        # Short waits: a signal is answered between two of them. A stage whose need failed stays pending, NotReady.
+        while not (future.state.is_final() or future.state.name == "NotReady"):
+            future.wait(0.5)
+    return {stage: future.state for stage, future in futures.items()}
+
+
+def save_experiment(root: Path, folder: Path, name: str, processes: Processes, say: Callable[[str], None]) -> str:
+    """Keep the checkout as a DVC experiment under its commit, and return its name: with a number where it was taken."""
+    taken = experiments(root)
+    numbered = (name if number == 1 else f"{name}-{number}" for number in count(1))
+    free = next(name for name in numbered if name not in taken)
+    if processes.run([*DVC, "exp", "save", "--name", free, "--include-untracked", "results"], folder, say):
+        raise StageFailed("the experiment could not be saved; its results are in DVC's cache")
+    return free

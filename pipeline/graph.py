@@ -1,0 +1,109 @@
+"""The stages of a checkout, read from DVC: their order, which of them have nothing to do, and running one."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from calora.errors import CaloraError
+from pipeline.process import DVC, Processes, environment
+
+BUSY = ("Unable to acquire lock", "is busy, it is being blocked by")
+
+
+class StageFailed(Exception):
+    """A stage ended with an error; the message is its last words."""
+
+
+class LockBusy(StageFailed):
+    """Another DVC process holds a lock that the stage needs: trying again helps."""
+
+
+def stages(folder: Path) -> dict[str, list[str]]:
+    """Stage -> the stages that it needs, in an order in which each comes after those."""
+    import networkx
+    from dvc.repo import Repo
+
+    with Repo(str(folder)) as repo:
+        graph = repo.index.graph  # an edge goes from a stage to one that it needs
+        order = networkx.lexicographical_topological_sort(graph.reverse(copy=True), key=_name)
+        return {_name(stage): sorted(_name(needed) for needed in graph.successors(stage)) for stage in order}
+
+
+def _name(stage: Any) -> str:
+    """As `dvc stage list` has it at the top of the project, wherever this process stands."""
+    own: str = getattr(stage, "name", None) or ""
+    return own if stage.path_in_repo == "dvc.yaml" else f"{stage.path_in_repo}{':' if own else ''}{own}"
+
+
+def with_needed(graph: Mapping[str, list[str]], wanted: list[str]) -> dict[str, list[str]]:
+    """The part of a graph that some stages need; `distill` means each `distill@...`. All of it, where none is named.
+
+    Raises:
+        CaloraError: no stage is called so.
+    """
+    todo = []
+    for name in wanted:
+        found = [stage for stage in graph if name in (stage, stage.split("@")[0])]
+        if not found:
+            raise CaloraError("stages", "names of `dvc stage list`", repr(name), "correct its spelling")
+        todo += found
+    needed: set[str] = set() if wanted else set(graph)
+    while todo:
+        stage = todo.pop()
+        if stage not in needed:
+            needed.add(stage)
+            todo += graph[stage]
+    return {stage: needs for stage, needs in graph.items() if stage in needed}
+
+
+def unchanged(folder: Path, graph: Mapping[str, list[str]]) -> set[str]:
+    """The stages whose outputs are there and whose inputs are as they were, down to the first that has something to do."""
+    subprocess.run([*DVC, "checkout", "--quiet", "--allow-missing"], cwd=folder, env=environment(), capture_output=True)
+    done = subprocess.run([*DVC, "status", "--json"], cwd=folder, env=environment(), capture_output=True, text=True)
+    if done.returncode:
+        raise CaloraError("dvc status", "the state of the stages", done.stderr.strip().splitlines()[-1], "see above")
+    changed = set(json.loads(done.stdout))
+    same: set[str] = set()
+    for stage, needs in graph.items():
+        if stage not in changed and all(needed in same for needed in needs):
+            same.add(stage)
+    return same
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a stage: `ran`, `restored` (from the cache of earlier runs) or `unchanged`."""
+
+    stage: str
+    what: str
+
+
+def run_stage(stage: str, folder: Path, processes: Processes, say: Callable[[str], None]) -> Outcome:
+    """`dvc repro --single-item`, its output line by line to `say`.
+
+    Raises:
+        LockBusy, StageFailed: it failed.
+        Stopped: the run is being stopped.
+    """
+    lines: list[str] = []
+
+    def keep(line: str) -> None:
+        lines.append(line)
+        say(line)
+
+    if processes.run([*DVC, "repro", "--single-item", stage], folder, keep):
+        told = next(
+            (line for line in reversed(lines) if re.match("(ERROR|error): ", line)), lines[-1] if lines else "no output"
+        )
+        own = next((line for line in lines if line.startswith("error: ")), told)
+        kind = LockBusy if any(words in line for line in lines for words in BUSY) else StageFailed
+        raise kind(f"{stage}: {own}")
+    if any(line.startswith("Running stage") for line in lines):
+        return Outcome(stage, "ran")
+    return Outcome(stage, "restored" if any("is cached - skipping run" in line for line in lines) else "unchanged")

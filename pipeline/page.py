@@ -1,0 +1,127 @@
+"""One self-contained page of results: no script, no network, light and dark, and readable in print."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from html import escape
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from stages import plots
+from stages.tables import Table, of_methods, of_runs
+
+INK = "#010203"  # stands for the colour of the page's text, which a viewer's light or dark setting decides
+LOOK = {
+    "svg.fonttype": "none", "font.family": "sans-serif", "savefig.transparent": True, "svg.hashsalt": "calora",
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color"), INK),
+    "legend.facecolor": "none", "legend.edgecolor": INK, "legend.framealpha": 0,
+}  # fmt: skip
+STYLE = """
+:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #ffffff; --line: #c8c8c8; --soft: #f3f3f3 }
+@media (prefers-color-scheme: dark) { :root { --ink: #e8e8e8; --paper: #16181b; --line: #45484d; --soft: #22252a } }
+@media print { :root { --ink: #000000; --paper: #ffffff; --line: #999999; --soft: #ffffff } section { break-inside: avoid } }
+body { margin: 0 auto; max-width: 72rem; padding: 1rem; color: var(--ink); background: var(--paper); font: 16px/1.5 system-ui, sans-serif }
+h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin-top: 2.5rem } h3 { font-size: 1rem }
+.wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.9rem }
+th, td { padding: 0.3rem 0.7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
+th { background: var(--soft); white-space: normal; vertical-align: bottom } .text { text-align: left }
+figure { margin: 1rem 0 } svg { max-width: 100%; height: auto; color: var(--ink) } figcaption { font-size: 0.85rem }
+"""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one task and recipe gave: metrics.json and the validation curves."""
+
+    metrics: dict[str, Any]
+    curves: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A run: task -> recipe -> what it found, and the parameters that tell it from the others."""
+
+    found: Mapping[str, Mapping[str, Found]]
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+
+def page(experiments: Mapping[str, Experiment]) -> str:
+    """The HTML of one experiment or of several, by name."""
+    parts = ["<h1>CA-LoRA: results</h1>"]
+    if any(one.params for one in experiments.values()):
+        parts.append(table_html(of_params(experiments)))
+    tasks = dict.fromkeys(task for one in experiments.values() for task in one.found)
+    for task in tasks:
+        own = {name: one.found[task] for name, one in experiments.items() if task in one.found}
+        rows = {
+            recipe if len(own) == 1 else f"{name}: {recipe}": found
+            for name, recipes in own.items()
+            for recipe, found in recipes.items()
+        }
+        metrics = {row: found.metrics for row, found in rows.items()}
+        parts.append(f"<h2>{escape(task)}</h2>")
+        parts.append(
+            table_html(
+                of_runs("Before and after CA-LoRA", "recipe" if len(own) == 1 else "experiment: recipe", metrics)
+            )
+        )
+        parts.append(
+            figure_html(
+                partial(plots.recipes_against_bytes, metrics, task), "Each recipe from the inherited LoRA to CA-LoRA."
+            )
+        )
+        for row, found in rows.items():
+            title = f"{task}, {row}"
+            parts.append("<section>")
+            parts.append(table_html(of_methods(row, found.metrics)))
+            parts.append(
+                figure_html(
+                    partial(plots.accuracy_against_bytes, found.metrics, title), "Every method, with its 95 % interval."
+                )
+            )
+            parts.append(
+                figure_html(partial(plots.convergence, found.curves, title), "Validation accuracy while training.")
+            )
+            parts.append("</section>")
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>CA-LoRA: results</title><style>{STYLE}</style>'
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
+
+
+def of_params(experiments: Mapping[str, Experiment]) -> Table:
+    """The parameters that differ between experiments."""
+    keys = sorted({key for one in experiments.values() for key in one.params})
+    table = Table("Parameters that differ", ["parameter", *experiments], set(range(len(experiments) + 1)))
+    table.rows = [[key, *(str(one.params.get(key, "")) for one in experiments.values())] for key in keys]
+    return table
+
+
+def table_html(table: Table) -> str:
+    """A table of cells."""
+
+    def row(cells: list[str], kind: str) -> str:
+        marks = (
+            f"<{kind}{' class=text' if i in table.texts else ''}>{escape(cell)}</{kind}>"
+            for i, cell in enumerate(cells)
+        )
+        return f"<tr>{''.join(marks)}</tr>"
+
+    body = "".join(row(cells, "td") for cells in table.rows)
+    notes = "".join(f"<p>{escape(note)}</p>" for note in table.notes)
+    return f"<h3>{escape(table.title)}</h3><div class=wide><table><thead>{row(table.header, 'th')}</thead><tbody>{body}</tbody></table></div>{notes}"
+
+
+def figure_html(draw: Callable[[], Figure], caption: str) -> str:
+    """A figure as inline SVG, its lines and letters in the colour of the page's text."""
+    file = io.StringIO()
+    with matplotlib.rc_context(LOOK):
+        draw().savefig(file, format="svg", metadata={"Date": None})
+    svg = re.sub(r"^.*?(?=<svg)", "", file.getvalue(), flags=re.S)
+    svg = svg.replace(INK, "currentColor").replace("#000000", "currentColor")
+    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{escape(caption)}" ', 1)
+    return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"

@@ -1,0 +1,79 @@
+"""The paper's ablation (its table of inherit, recover, distil) and its convergence figure, as sweeps of ordinary experiments."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from calora.artifacts import write_text
+from pipeline.compare import files_of
+from pipeline.sweep import name_of, sweep
+from stages import plots
+from stages.tables import Table, interval
+
+SWITCHES = {"inherit": "inherit.lora", "recover": "inherit.bypass", "distil": "distill.teacher"}
+METHOD, BASELINE = "clm_calora", "clm_lora"
+
+
+def ablation(root: Path, task: str, recipe: str, seeds: Sequence[int]) -> Path:
+    """Eight cells of inherit x recover x distil, each with some seeds; writes results/ablation-<task>-<recipe>.{md,png}."""
+    switches = [dict(zip(SWITCHES, on, strict=True)) for on in itertools.product((False, True), repeat=3)]
+    plan = {
+        (tuple(on.values()), seed): {
+            "tasks": [task],
+            "recipes": [recipe],
+            "seed": seed,
+            **{SWITCHES[k]: v for k, v in on.items()},
+        }
+        for on in switches
+        for seed in seeds
+    }
+    sweep(root, "ablation", list(plan.values()))
+    hits: dict[tuple[bool, ...], list[list[int]]] = {}
+    for (on, _), cell in plan.items():
+        files = files_of(root, name_of("ablation", cell))
+        answers = json.loads(files(f"models/evaluated/{task}/{recipe}/predictions.json"))
+        hits.setdefault(on, []).append([int(hit) for hit in answers[METHOD]["correct"]])
+    scores = {on: score_of(np.array(rows)) for on, rows in hits.items()}
+    table = Table(
+        f"Ablation: {task}, {recipe}, seeds {', '.join(map(str, seeds))}",
+        [*SWITCHES, "accuracy", "95 % interval", *(f"seed {seed}" for seed in seeds)], {4},
+    )  # fmt: skip
+    for on, (mean, ci, each) in scores.items():
+        marks = ["yes" if value else "-" for value in on]
+        table.rows.append([*marks, f"{mean:.3f}", interval(ci), *(f"{one:.3f}" for one in each)])
+    table.notes = ["Intervals are bootstrapped over test items and seeds together."]
+    stem = root / f"results/ablation-{task}-{recipe}"
+    write_text(stem.with_suffix(".md"), table.markdown() + "\n")
+    plots.ablation({on: (mean, ci) for on, (mean, ci, _) in scores.items()}, f"{task}, {recipe}").savefig(
+        stem.with_suffix(".png"), dpi=130
+    )
+    return stem.with_suffix(".md")
+
+
+def score_of(hits: np.ndarray[Any, Any], draws: int = 2000) -> tuple[float, list[float], list[float]]:
+    """Mean over seeds and items of hits [seeds, items], its 95 % interval (both are drawn anew), and each seed's mean."""
+    generator = np.random.default_rng(0)
+    seeds, items = hits.shape
+    means = [
+        hits[np.ix_(generator.integers(seeds, size=seeds), generator.integers(items, size=items))].mean()
+        for _ in range(draws)
+    ]
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(hits.mean()), [float(low), float(high)], hits.mean(1).tolist()
+
+
+def convergence(root: Path, task: str, recipes: Sequence[str], eval_every: int = 10) -> Path:
+    """Validation accuracy against step of CA-LoRA and the fresh LoRA; writes results/convergence-<task>.png."""
+    cell: Mapping[str, Any] = {"tasks": [task], "recipes": list(recipes), "train.eval_every": eval_every}
+    sweep(root, "convergence", [cell])
+    files = files_of(root, name_of("convergence", cell))
+    curves = {recipe: json.loads(files(f"models/evaluated/{task}/{recipe}/curves.json")) for recipe in recipes}
+    path = root / f"results/convergence-{task}.png"
+    plots.convergences(curves, task).savefig(path, dpi=130)
+    return path

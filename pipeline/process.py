@@ -1,0 +1,87 @@
+"""Commands that end when they should: each in a process group of its own, stopped as a whole, under a guard."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from pipeline import guard
+
+DVC = (sys.executable, "-m", "dvc")
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This process's environment, with this interpreter's programs first on the PATH and without DVC's analytics."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "DVC_NO_ANALYTICS": "1", "PYTHONUNBUFFERED": "1", **more}
+
+
+class Stopped(Exception):
+    """The run was asked to stop: nothing new starts."""
+
+
+class Processes:
+    """The commands of one run."""
+
+    def __init__(self) -> None:
+        self._live: set[subprocess.Popen[str]] = set()
+        self._lock = threading.RLock()  # a signal may call `stop` within `run`
+        self._stopped = False
+
+    def run(
+        self, command: Sequence[str], folder: Path, say: Callable[[str], None], env: Mapping[str, str] | None = None
+    ) -> int:
+        """Run a command, hand each line of its output to `say`, and return its exit code.
+
+        Raises:
+            Stopped: `stop` was called, before or meanwhile.
+        """
+        with self._lock:
+            if self._stopped:
+                raise Stopped
+            process = subprocess.Popen(
+                [sys.executable, guard.__file__, *command], cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True, env=dict(env or environment()),
+            )  # fmt: skip
+            self._live.add(process)
+        assert process.stdout
+        try:
+            for line in process.stdout:
+                if line := line.rstrip():
+                    say(line)
+            code = process.wait()
+        except BaseException:
+            end(process)
+            raise
+        finally:
+            self._live.discard(process)
+        if self._stopped:
+            raise Stopped
+        return code
+
+    def stop(self) -> None:
+        """Stop every command; those that would start now do not. Returns when all are gone."""
+        with self._lock:
+            self._stopped = True
+        threads = [threading.Thread(target=end, args=(process,)) for process in list(self._live)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """Interrupt a command's whole group, and kill what is left of it a few seconds later."""
+    for number, patience in ((signal.SIGINT, guard.GRACE), (signal.SIGKILL, None)):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(patience)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue

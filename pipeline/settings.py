@@ -1,0 +1,90 @@
+"""What a run can change: the fields of the form, of the command line and of the REST call, and the keys that they set."""
+
+# No postponed annotations here: Prefect builds its form from the types themselves.
+import io
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic.json_schema import SkipJsonSchema
+
+from calora.errors import CaloraError
+
+ROOT = Path(__file__).resolve().parents[1]
+_PARAMS: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+TASKS = tuple(_PARAMS["data"]["sets"])
+RECIPES = tuple(name for name in _PARAMS["compress"] if name != "calibration")
+NAME = "^[A-Za-z0-9][A-Za-z0-9._-]{0,80}$"
+
+Empty = SkipJsonSchema[None]  # may be left out, and the form shows nothing of it
+TaskName = Annotated[Literal[TASKS], WithJsonSchema({"type": "string", "enum": list(TASKS)})]  # type: ignore[valid-type]
+RecipeName = Annotated[Literal[RECIPES], WithJsonSchema({"type": "string", "enum": list(RECIPES)})]  # type: ignore[valid-type]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Weight = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Activation = Literal["gelu", "relu", "silu", "identity"]
+Switch = Literal["on", "off"]
+
+
+class Settings(BaseModel):
+    """A field that is left empty stays as params.yaml has it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    tasks: list[TaskName] | Empty = Field(None, description="Tasks to carry over.")
+    recipes: list[RecipeName] | Empty = Field(None, description="Ways to compress.")
+    alpha: Weight | Empty = Field(None, description="Weight of the distance of the last hidden states, 0 to 1000.")
+    rank: Count | Empty = Field(None, description="Rank of the bypass; even for a non-linear one with a warm start.")
+    lora_rank: Count | Empty = Field(None, description="Rank of the teacher's LoRA.")
+    activation: Activation | Empty = Field(None, description="Activation of the bypass; identity: a linear one.")
+    steps: Count | Empty = Field(None, description="Optimiser steps of every training.")
+    seed: Seed | Empty = Field(None, description="Of batches, initial weights and bootstrap.")
+    inherit: Switch | Empty = Field(None, description="Start from the teacher's LoRA; off: from a fresh one.")
+    recover: Switch | Empty = Field(None, description="Add the bypass R(X) = sigma(XD)U; off: the LoRA alone.")
+    distil: Switch | Empty = Field(None, description="Learn from the uncompressed LLM; off: from the labels alone.")
+    other: dict[str, Any] = Field({}, description='Any other key of params.yaml, such as {"train.lr": 0.002}.')
+
+
+KEYS = {
+    "tasks": "tasks", "recipes": "recipes", "alpha": "distill.alpha", "rank": "inherit.rank", "lora_rank": "teacher.rank",
+    "activation": "inherit.activation", "steps": "train.steps", "seed": "seed", "inherit": "inherit.lora",
+    "recover": "inherit.bypass", "distil": "distill.teacher",
+}  # fmt: skip
+
+
+def changes(settings: Settings) -> dict[str, Any]:
+    """Key of params.yaml, with dots -> its value in this run."""
+    values = settings.model_dump(exclude={"other"})
+    chosen = {KEYS[name]: value for name, value in values.items() if value not in (None, [])}
+    return {key: value == "on" if value in ("on", "off") else value for key, value in chosen.items()} | settings.other
+
+
+def write_params(folder: Path, changed: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Set keys in params.yaml, whose comments stay; return those that really changed, with their old and new values.
+
+    Raises:
+        CaloraError: params.yaml has no such key.
+    """
+    from ruamel.yaml import YAML
+
+    editor = YAML()
+    editor.preserve_quotes, editor.width = True, 4096
+    path = folder / "params.yaml"
+    document = editor.load(path.read_text(encoding="utf-8"))
+    done: dict[str, tuple[Any, Any]] = {}
+    for key, value in changed.items():
+        *parents, last = key.split(".")
+        section = document
+        for parent in parents:
+            section = section.get(parent) if isinstance(section, dict) else None
+        if not isinstance(section, dict) or last not in section:
+            raise CaloraError(f"params.yaml: {key}", "a key that is there", "none", "correct its spelling")
+        if section[last] != value:
+            done[key] = (section[last], value)
+            section[last] = value
+    if done:
+        text = io.StringIO()
+        editor.dump(document, text)
+        path.write_text(text.getvalue(), encoding="utf-8")
+    return done

@@ -1,0 +1,73 @@
+"""What a run shows in the Prefect UI: the table of methods, the difference to its parent, pictures, and the report page."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from prefect.artifacts import (
+    create_image_artifact,
+    create_link_artifact,
+    create_markdown_artifact,
+    create_table_artifact,
+)
+
+from calora.artifacts import write_text
+from calora.errors import CaloraError
+from pipeline.compare import WORKSPACE, differing, read_experiment
+from pipeline.page import Experiment, page
+
+REPORTS = Path(".cache/reports")
+SERVED = "CALORA_REPORTS_URL"  # where `make ui` serves that folder
+
+
+def show_results(root: Path, folder: Path, parent: str, name: str) -> None:
+    """Artifacts of a finished run; its results are kept in .cache/reports/<experiment>."""
+    results = folder / "results"
+    create_markdown_artifact(
+        (results / "table.md").read_text(encoding="utf-8"), key="methods", description=f"Methods of {name}"
+    )
+    before = subprocess.run(
+        ["git", "show", f"{parent}:./results/summary.json"], cwd=root, capture_output=True, text=True
+    ).stdout
+    after = json.loads((results / "summary.json").read_text(encoding="utf-8"))
+    create_table_artifact(
+        difference(json.loads(before or "{}"), after), key="difference", description=f"{name} against {parent[:10]}"
+    )
+    kept = root / REPORTS / name
+    shutil.rmtree(kept, ignore_errors=True)
+    shutil.copytree(results / "plots", kept / "plots")
+    write_text(
+        kept / "report.html", page(differing(with_parent(root, parent) | {name: read_experiment(folder, WORKSPACE)}))
+    )
+    url = os.environ.get(SERVED)
+    if url:
+        create_link_artifact(f"{url}/{name}/report.html", link_text=f"Report of {name}", key="report")
+        for picture in sorted((kept / "plots").glob("*.png")):
+            key = re.sub("[^a-z0-9]+", "-", picture.stem.lower())
+            create_image_artifact(f"{url}/{name}/plots/{picture.name}", key=key, description=picture.stem)
+
+
+def with_parent(root: Path, parent: str) -> dict[str, Experiment]:
+    """The results of the parent commit, if it has any that are at hand."""
+    try:
+        return {f"parent {parent[:10]}": read_experiment(root, parent)}
+    except CaloraError:
+        return {}
+
+
+def difference(before: dict[str, Any], after: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of task, recipe, metric, and its values in the parent commit and in this run."""
+    return [
+        {
+            "task": task, "recipe": recipe, "metric": metric, "before": old, "after": new,
+            "change": round(new - old, 4) if isinstance(old, int | float) and isinstance(new, int | float) else "",
+        }
+        for task, recipes in after.items()
+        for recipe, metrics in recipes.items()
+        for metric, new in metrics.items()
+        for old in [before.get(task, {}).get(recipe, {}).get(metric, "")]
+    ]  # fmt: skip

@@ -1,0 +1,93 @@
+"""Many runs, one after another: those that are experiments already are skipped, so that a stopped sweep goes on."""
+
+# No postponed annotations: this module calls the flow.
+import hashlib
+import itertools
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from tqdm import tqdm
+
+from calora.errors import CaloraError
+from pipeline.checkout import commit_of, experiments
+from pipeline.settings import KEYS, Settings
+
+LISTS = ("tasks", "recipes")  # each value of a sweep over these is a list of one
+
+
+def cells(assignments: Sequence[str]) -> list[dict[str, Any]]:
+    """`key=a,b` and so on -> every combination, as key of params.yaml -> value.
+
+    Raises:
+        CaloraError: an assignment has no `=` or no value.
+    """
+    axes: dict[str, list[Any]] = {}
+    for text in assignments:
+        key, _, values = text.partition("=")
+        found = [yaml.safe_load(value) for value in values.split(",") if value]
+        if not key or not found:
+            raise CaloraError("sweep", "KEY=VALUE,VALUE", repr(text), "such as distill.alpha=0.01,0.05")
+        axes[key] = [[value] for value in found] if key in LISTS else found
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def settings_of(cell: Mapping[str, Any]) -> Settings:
+    """The form's fields for some keys of params.yaml.
+
+    Raises:
+        CaloraError: a value is out of its bounds.
+    """
+    fields = {key: name for name, key in KEYS.items()}
+    values = {
+        fields[key]: ("off", "on")[value] if isinstance(value, bool) else value
+        for key, value in cell.items()
+        if key in fields
+    }
+    other = {key: value for key, value in cell.items() if key not in fields}
+    try:
+        return Settings.model_validate({**values, "other": other})
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = str(first["loc"][0])
+        raise CaloraError(KEYS.get(field, field), first["msg"], json.dumps(first["input"]), "mend the sweep") from None
+
+
+def name_of(title: str, cell: Mapping[str, Any]) -> str:
+    """A name that a person can read and that no other cell has."""
+    told = "-".join(
+        f"{key.rsplit('.', 1)[-1]}{value[0] if isinstance(value, list) else value}" for key, value in cell.items()
+    )
+    digest = hashlib.sha256(json.dumps(dict(cell), sort_keys=True).encode()).hexdigest()[:4]
+    return re.sub("[^A-Za-z0-9._-]", "_", f"{title}-{told}")[:70].rstrip("._-") + f"-{digest}"
+
+
+def sweep(root: Path, title: str, wanted: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Run every cell that is no experiment of this commit yet; returns the names of all.
+
+    Raises:
+        CaloraError: some failed, after the others were run.
+    """
+    from pipeline.flow import ca_lora
+
+    plan = {name_of(title, cell): settings_of(cell) for cell in wanted}
+    done = set(experiments(root, commit_of(root, "HEAD")))
+    failed = []
+    bar = tqdm(total=len(plan), initial=len(done & plan.keys()), desc=title, unit="run", file=sys.stderr)
+    for name, settings in plan.items():
+        if name in done:
+            continue
+        if not ca_lora(name, settings, return_state=True).is_completed():
+            failed.append(name)
+        bar.update()
+    bar.close()
+    if failed:
+        raise CaloraError(
+            title, "every run to end well", ", ".join(failed), "read the log above; start it again for these alone"
+        )
+    return list(plan)

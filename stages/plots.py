@@ -1,0 +1,115 @@
+"""The figures: accuracy against bytes, and against steps. Okabe and Ito's colours and a marker each, safe for colour-blind readers and in print."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# In the table's order: label, colour and marker.
+METHODS = {
+    "llm": ("LLM", "#56B4E9", "s"),
+    "llm_lora": ("LLM + LoRA (teacher)", "#009E73", "s"),
+    "small_lora": ("small model + LoRA", "#CC79A7", "^"),
+    "clm": ("CLM", "#000000", "v"),
+    "clm_inherited": ("CLM + inherited LoRA", "#D55E00", "D"),
+    "clm_lora_qk": ("CLM + LoRA (q, k)", "#999999", "P"),
+    "clm_lora": ("CLM + LoRA (equal budget)", "#E69F00", "o"),
+    "clm_calora": ("CLM + CA-LoRA", "#0072B2", "*"),
+}
+
+
+def blank(width: float, height: float) -> tuple[Figure, Axes]:
+    """An empty figure, in inches; no window system is asked."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def recipes_against_bytes(found: dict[str, Any], task: str) -> Figure:
+    """Each recipe an arrow: from the inherited LoRA to CA-LoRA, megabytes on disk against accuracy."""
+    figure, axes = blank(7.5, 4.6)
+    methods = next(iter(found.values()))["methods"]
+    label, colour, marker = METHODS["llm_lora"]
+    whole = methods["llm_lora"]
+    axes.axhline(whole["accuracy"], color=colour, lw=1, ls="--")
+    axes.plot(whole["bytes_on_disk"] / 1e6, whole["accuracy"], marker, ms=9, color=colour, label=label)
+    for recipe, metrics in found.items():
+        before, after = (
+            (m["bytes_on_disk"] / 1e6, m["accuracy"])
+            for m in (metrics["methods"][k] for k in ("clm_inherited", "clm_calora"))
+        )
+        axes.annotate(
+            "", after, before, arrowprops={"arrowstyle": "->", "color": "#999999", "shrinkA": 5, "shrinkB": 6}
+        )
+        for place, method in ((before, "clm_inherited"), (after, "clm_calora")):
+            label, colour, marker = METHODS[method]
+            axes.plot(*place, marker, ms=9, color=colour, label=label)
+        axes.annotate(recipe, after, xytext=(0, 8), textcoords="offset points", ha="center", fontsize=8)
+    handles, labels = axes.get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))
+    axes.set(xlabel="MB on disk (base and adapter)", ylabel="test accuracy", title=f"{task}: before and after CA-LoRA")
+    axes.legend(once.values(), once.keys(), fontsize=8, loc="lower right")
+    return figure
+
+
+def accuracy_against_bytes(metrics: dict[str, Any], title: str) -> Figure:
+    """Every method a point: megabytes on disk against accuracy, with its interval."""
+    figure, axes = blank(7, 4.2)
+    for method, (label, colour, marker) in METHODS.items():
+        if method in metrics["methods"]:
+            m = metrics["methods"][method]
+            size, accuracy = m["bytes_on_disk"] / 1e6, m["accuracy"]
+            error = [[accuracy - m["ci"][0]], [m["ci"][1] - accuracy]]
+            axes.errorbar(size, accuracy, error, fmt=marker, ms=9, capsize=3, label=label, color=colour)
+    axes.set(xlabel="MB on disk (base and adapter)", ylabel="test accuracy", title=title)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def convergence(curves: dict[str, Any], title: str) -> Figure:
+    """Validation accuracy against step, CA-LoRA and the fresh LoRAs."""
+    figure, axes = blank(7, 4.2)
+    for method, scores in curves.items():
+        steps, accuracies = [s["step"] for s in scores], [s["score"] for s in scores]
+        label, colour, marker = METHODS[method]
+        axes.plot(steps, accuracies, marker=marker, ms=9, label=label, color=colour)
+    axes.set(xlabel="step", ylabel="validation accuracy", title=title)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def convergences(curves: dict[str, Any], task: str) -> Figure:
+    """Validation accuracy against step, a panel for each recipe."""
+    figure = Figure(figsize=(3.2 * len(curves), 3.4), layout="constrained")
+    panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
+    for axes, (recipe, methods) in zip(panels, curves.items(), strict=True):
+        for method in ("clm_calora", "clm_lora"):
+            label, colour, marker = METHODS[method]
+            points = methods[method]
+            axes.plot(
+                [p["step"] for p in points], [p["score"] for p in points], marker=marker, label=label, color=colour
+            )
+        axes.set(title=recipe, xlabel="step")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel(f"{task}: validation accuracy")
+    panels[0].legend(fontsize=8)
+    return figure
+
+
+def ablation(scores: dict[tuple[bool, ...], tuple[float, list[float]]], title: str) -> Figure:
+    """Accuracy of each cell of inherit x recover x distil, with its interval."""
+    figure, axes = blank(7, 4.2)
+    names = [
+        " + ".join(n for n, on in zip(("inherit", "recover", "distil"), cell, strict=True) if on) or "none"
+        for cell in scores
+    ]
+    for place, (mean, ci) in enumerate(scores.values()):
+        axes.errorbar(
+            mean, place, xerr=[[mean - ci[0]], [ci[1] - mean]], fmt="o", capsize=3, color=METHODS["clm_calora"][1]
+        )
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="test accuracy", title=title)
+    return figure

@@ -1,0 +1,357 @@
+"""Runs in checkouts of their own: what they may change, what they leave behind, and that stopped means stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+os.environ.update(DO_NOT_TRACK="1", PREFECT_SERVER_ANALYTICS_ENABLED="false", PREFECT_LOGGING_LEVEL="WARNING")
+
+from calora.errors import CaloraError
+from pipeline import flow as flows
+from pipeline import guard
+from pipeline.__main__ import main
+from pipeline.checkout import checkout, commit_of, experiments, git, resumable, sweep, uncommitted
+from pipeline.compare import files_of, flat
+from pipeline.graph import StageFailed, run_stage, stages, unchanged, with_needed
+from pipeline.process import Processes, Stopped, environment
+from pipeline.settings import RECIPES, Settings, changes, write_params
+from pipeline.sweep import cells, name_of
+
+# A project of the same shape as ours whose stages copy a number; `square` can be told to fail or to wait.
+DVC_YAML = """
+stages:
+  number:
+    cmd: python stages/number.py
+    params: [number]
+    outs: [number.txt]
+  square:
+    foreach: ${recipes}
+    do:
+      cmd: python stages/square.py ${item}
+      deps: [number.txt, stages/square.py]
+      params: [how]
+      outs: ["squares/${item}.txt"]
+  report:
+    cmd: python stages/report.py
+    deps: [squares]
+    params: [recipes]
+    outs:
+      - results/summary.json: {cache: false}
+      - results/table.md: {cache: false}
+      - results/plots: {cache: false}
+metrics: [results/summary.json]
+"""
+FILES = {
+    "params.yaml": "number: 3  # a comment\nhow: well\nrecipes: [a, b]\n",
+    "dvc.yaml": DVC_YAML,
+    ".gitignore": ".cache/\ncheckpoints\n.prefect/\n",
+    ".dvcignore": ".cache/\n",
+    "stages/common.py": "def run(act):\n    act(None)\n",
+    "stages/number.py": "import yaml\nopen('number.txt', 'w').write(str(yaml.safe_load(open('params.yaml'))['number']))\n",
+    "stages/square.py": """
+import os, pathlib, sys, time, yaml
+how, item = yaml.safe_load(open('params.yaml'))['how'], sys.argv[1]
+kept = pathlib.Path('checkpoints'); kept.mkdir(exist_ok=True)
+if how == 'badly' and item == 'a':
+    sys.exit('error: a cannot be squared')
+if how == 'slowly' and not (kept / 'half').exists():
+    (kept / 'half').write_text('')
+    print('half: 1 of 2 steps, 00:01 gone, 00:01 left, loss=0.5', flush=True)
+    time.sleep(60)
+pathlib.Path('squares').mkdir(exist_ok=True)
+number = int(open('number.txt').read())
+pathlib.Path(f'squares/{item}.txt').write_text(str(number * number))
+""",
+    "stages/report.py": """
+import json, pathlib
+found = {p.stem: {'square': int(p.read_text())} for p in pathlib.Path('squares').glob('*.txt')}
+pathlib.Path('results/plots').mkdir(parents=True, exist_ok=True)
+pathlib.Path('results/plots/one.png').write_bytes(b'png')
+pathlib.Path('results/summary.json').write_text(json.dumps({'toy': found}))
+pathlib.Path('results/table.md').write_text('| square |\\n')
+""",
+}  # fmt: skip
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    folder = tmp_path / "project"
+    for name, text in FILES.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    for command in (
+        ["git", "init", "-q"], ["git", "config", "user.name", "tester"], ["git", "config", "user.email", "t@example.org"],
+        [sys.executable, "-m", "dvc", "init", "-q"], ["git", "add", "-A"], ["git", "commit", "-q", "-m", "start"],
+    ):  # fmt: skip
+        subprocess.run(command, cwd=folder, check=True, env=environment())
+    monkeypatch.setattr(flows, "ROOT", folder)
+    monkeypatch.setattr(flows, "show_results", lambda *_: None)  # these stages have no methods to show
+    return folder
+
+
+def left(folder: Path) -> list[str]:
+    """What runs left behind."""
+    worktrees = git(folder, "worktree", "list").strip().splitlines()[1:]
+    return worktrees + [str(path) for path in (folder / ".cache/runs").glob("*")]
+
+
+# Settings
+
+
+def test_empty_fields_change_nothing_and_filled_ones_their_keys():
+    assert changes(Settings()) == {} == changes(Settings(recipes=[]))
+    filled = Settings(alpha=0.1, recipes=["q8"], recover="off", other={"train.lr": 0.002})
+    expected = {"distill.alpha": 0.1, "recipes": ["q8"], "inherit.bypass": False, "train.lr": 0.002}
+    assert changes(filled) == expected
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("alpha", -1), ("alpha", float("nan")), ("alpha", "high"), ("rank", 0), ("steps", 1.5), ("recipes", ["q9"]),
+     ("activation", "tanh"), ("inherit", "maybe"), ("seed", -1), ("no_such_field", 1)],
+)  # fmt: skip
+def test_impossible_values_are_refused_by_name(field, value):
+    with pytest.raises(ValueError, match=field):
+        Settings.model_validate({field: value})
+
+
+def test_the_form_has_types_bounds_choices_and_help():
+    schema = flows.ca_lora.parameters.model_dump()
+    fields = schema["definitions"]["Settings"]["properties"]
+    assert fields["recipes"]["items"]["enum"] == list(RECIPES)
+    assert fields["alpha"]["minimum"] == 0 and fields["alpha"]["type"] == "number"
+    assert all(field["description"] for field in [*fields.values(), *schema["properties"].values()])
+
+
+def test_writing_params_keeps_comments_and_refuses_unknown_keys(project):
+    assert write_params(project, {"number": 4, "how": "well"}) == {"number": (3, 4)}
+    assert (project / "params.yaml").read_text() == FILES["params.yaml"].replace("3", "4")
+    with pytest.raises(CaloraError, match=r"no\.such"):
+        write_params(project, {"no.such": 1})
+
+
+def test_the_command_line_has_the_forms_fields(capsys):
+    with pytest.raises(SystemExit):
+        main(["run", "--help"])
+    told = capsys.readouterr().out
+    assert all(f"--{name.replace('_', '-')}" in told for name in Settings.model_fields if name != "other")
+    assert main(["run", "--alpha", "-3"]) == 1
+    assert "alpha" in capsys.readouterr().err
+
+
+# Checkouts
+
+
+def test_a_checkout_leaves_the_working_tree_alone_and_goes_away(project):
+    (project / "params.yaml").write_text("number: 5\nhow: well\nrecipes: [a]\n")
+    (project / "new file.txt").write_text("new")
+    assert sorted(uncommitted(project)) == ["new file.txt", "params.yaml"]
+    head = commit_of(project, "HEAD")
+    with checkout(project, head, take_along=False) as folder:
+        assert (folder / "params.yaml").read_text() == FILES["params.yaml"]
+        (folder / "params.yaml").write_text("changed")
+    with checkout(project, head, take_along=True) as folder:
+        assert (folder / "params.yaml").read_text() == (project / "params.yaml").read_text()
+        assert (folder / "new file.txt").read_text() == "new"
+    with pytest.raises(ZeroDivisionError), checkout(project, head, take_along=False):
+        _ = 1 / 0
+    assert "number: 5" in (project / "params.yaml").read_text() and left(project) == []
+
+
+def test_the_checkout_of_a_killed_run_is_swept_and_a_living_one_is_not(project):
+    head = commit_of(project, "HEAD")
+    code = (
+        "import os, sys; from pathlib import Path; from pipeline.checkout import checkout\n"
+        f"with checkout(Path({str(project)!r}), {head!r}, False) as folder:\n"
+        "    print(folder, flush=True); os.kill(os.getpid(), 9)"
+    )
+    dead = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
+    with checkout(project, head, take_along=False) as folder:
+        assert not Path(dead).exists()
+        sweep(project)
+        assert folder.exists()
+    assert left(project) == []
+
+
+def test_the_same_run_twice_is_refused_and_checkpoints_stay_until_it_ends_well(project):
+    head = commit_of(project, "HEAD")
+    with pytest.raises(KeyError), checkout(project, head, False) as folder, resumable(project, folder):
+        (folder / "checkpoints/half").write_text("")
+        with (
+            checkout(project, head, False) as other,
+            pytest.raises(CaloraError, match="going on"),
+            resumable(project, other),
+        ):
+            pass
+        raise KeyError
+    with checkout(project, head, False) as folder, resumable(project, folder):
+        assert (folder / "checkpoints/half").exists()
+    with checkout(project, head, False) as folder, resumable(project, folder):
+        assert not (folder / "checkpoints/half").exists()
+
+
+def test_no_repository_and_no_such_commit_are_told(tmp_path, project):
+    with pytest.raises(CaloraError, match="git init"):
+        commit_of(tmp_path, "HEAD")
+    with pytest.raises(CaloraError, match="nowhere"):
+        commit_of(project, "nowhere")
+    with pytest.raises(CaloraError, match="a commit of"):
+        commit_of(project, "--all")
+
+
+# Processes
+
+
+def test_stopping_takes_the_whole_group_and_refuses_what_comes(tmp_path):
+    processes, lines = Processes(), []
+    stubborn = (
+        "import signal, subprocess, time; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "print(subprocess.Popen(['sleep', '100']).pid, flush=True); time.sleep(100)"
+    )
+
+    def work() -> None:
+        with pytest.raises(Stopped):
+            processes.run([sys.executable, "-c", stubborn], tmp_path, lines.append)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    while not lines:
+        time.sleep(0.02)
+    start = time.monotonic()
+    processes.stop()
+    thread.join()
+    assert time.monotonic() - start < guard.GRACE + 3
+    assert gone(int(lines[0]), 2)
+    with pytest.raises(Stopped):
+        processes.run(["true"], tmp_path, lines.append)
+
+
+def gone(pid: int, seconds: float) -> bool:
+    """Whether a process has ended, or does within some seconds."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_a_command_ends_with_the_process_that_started_it(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from pipeline.process import Processes\n"
+        f"Processes().run(['sh', '-c', 'echo $$; sleep 100'], Path({str(tmp_path)!r}), lambda line: print(line, flush=True))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    pid = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    assert gone(pid, guard.GRACE + 5)
+
+
+# The graph, and the flow
+
+
+def test_stages_come_from_dvc_in_order(project):
+    graph = stages(project)
+    assert graph == {"number": [], "square@a": ["number"], "square@b": ["number"], "report": ["square@a", "square@b"]}
+    assert list(with_needed(graph, ["square"])) == ["number", "square@a", "square@b"]
+    with pytest.raises(CaloraError, match="cube"):
+        with_needed(graph, ["cube"])
+    assert unchanged(project, graph) == set()
+    assert run_stage("number", project, Processes(), lambda _: None).what == "ran"
+    assert unchanged(project, graph) == {"number"}
+
+
+@pytest.fixture(scope="module")
+def prefect_api():
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness():
+        yield
+
+
+def run(**options):
+    return flows.ca_lora(**options, return_state=True)
+
+
+def test_a_run_becomes_an_experiment_and_the_same_again_comes_from_the_cache(project, prefect_api):
+    state = run(name="first", settings=Settings(other={"number": 7}))
+    assert state.is_completed() and set(state.result().values()) == {"Completed"}
+    assert (project / "params.yaml").read_text() == FILES["params.yaml"] and git(project, "status", "--porcelain") == ""
+    assert list(experiments(project, commit_of(project, "HEAD"))) == ["first"] and left(project) == []
+    again = run(name="first", settings=Settings(other={"number": 7}))
+    states = again.result()
+    assert {states[s] for s in ("number", "square@a", "square@b")} == {"Cached"}
+    assert sorted(experiments(project)) == ["first", "first-2"]
+    shown = subprocess.run(
+        [sys.executable, "-m", "dvc", "exp", "show", "--json"], cwd=project, capture_output=True, text=True
+    )
+    rows = {row["name"]: row for row in json.loads(shown.stdout)[1]["experiments"]}
+    assert rows["first"]["revs"][0]["data"]["params"]["params.yaml"]["data"]["number"] == 7
+
+
+def test_a_failed_stage_fails_the_run_and_leaves_other_branches_going(project, prefect_api):
+    state = run(name="bad", settings=Settings(other={"how": "badly"}))
+    assert state.is_failed()
+    with pytest.raises(StageFailed, match=r"square@a: Failed.*report: NotReady"):
+        state.result()
+    with checkout(project, commit_of(project, "HEAD"), False) as folder:
+        write_params(folder, {"how": "badly"})
+        assert run_stage("number", folder, Processes(), lambda _: None).what == "restored"
+        assert run_stage("square@b", folder, Processes(), lambda _: None).what == "restored"
+    assert left(project) == [] and experiments(project) == {}
+
+
+def test_uncommitted_changes_are_refused_or_taken_along(project, prefect_api):
+    (project / "params.yaml").write_text(FILES["params.yaml"].replace("3", "9"))
+    state = run(name="dirty")
+    with pytest.raises(CaloraError, match=r"params\.yaml"):
+        state.result()
+    assert run(name="dirty", changed_files="take along").is_completed()
+    assert json.loads(files_of(project, "dirty")("results/summary.json"))["toy"]["a"]["square"] == 81
+
+
+def test_a_cancelled_run_is_gone_in_time_and_started_again_goes_on(project, prefect_api):
+    code = (
+        "from pathlib import Path; from pipeline import flow; from pipeline.settings import Settings\n"
+        f"flow.ROOT = Path({str(project)!r})\n"
+        "flow.ca_lora(name='slow', settings=Settings(other={'how': 'slowly'}))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment(), start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not list((project / ".cache/unfinished").glob("*/half")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    start = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    process.wait(20)
+    assert time.monotonic() - start < 10
+    pids = subprocess.run(["pgrep", "-f", "stages/square.py"], capture_output=True, text=True).stdout.split()
+    assert not [pid for pid in pids if str(project) in os.readlink(f"/proc/{pid}/cwd")]
+    state = run(name="slow", settings=Settings(other={"how": "slowly"}))
+    assert state.is_completed() and left(project) == []
+
+
+# Sweeps and comparisons
+
+
+def test_a_sweep_has_every_combination_under_names_of_their_own():
+    found = cells(["distill.alpha=0.01,0.05", "recipes=q8,nf4"])
+    assert len(found) == 4 and found[0] == {"distill.alpha": 0.01, "recipes": ["q8"]}
+    assert len({name_of("sweep", cell) for cell in found}) == 4
+    for bad in ("alpha", "alpha=", "=1"):
+        with pytest.raises(CaloraError, match="sweep"):
+            cells([bad])
+
+
+def test_parameters_are_compared_leaf_by_leaf():
+    assert flat({"a": {"b": 1, "c": [2]}, "d": None}) == {"a.b": 1, "a.c": [2], "d": None}
