@@ -54,6 +54,9 @@ def run(command: argparse.ArgumentParser) -> Act:
         "--take-along", action="store_true", help="take uncommitted changes along; else they are refused"
     )
     command.add_argument("--only", nargs="+", default=[], metavar="STAGE", help="these stages, with what they need")
+    command.add_argument(
+        "--share", default="", metavar="REMOTE", help="git remote to share results through, with DVC's default remote"
+    )
     add_settings(command)
 
     def act(chosen: argparse.Namespace) -> int:
@@ -62,7 +65,7 @@ def run(command: argparse.ArgumentParser) -> Act:
         from pipeline.flow import ca_lora
 
         changed = "take along" if chosen.take_along else "refuse"
-        state = ca_lora(chosen.name, settings, chosen.commit, changed, chosen.only, return_state=True)
+        state = ca_lora(chosen.name, settings, chosen.commit, changed, chosen.only, chosen.share, return_state=True)
         return 0 if state.is_completed() else 1
 
     return act

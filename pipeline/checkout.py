@@ -26,10 +26,9 @@ def git(folder: Path, *arguments: str, stdin: bytes | None = None) -> str:
     """Output of a git command; raises `CaloraError` with git's own words."""
     done = subprocess.run(["git", *arguments], cwd=folder, input=stdin, capture_output=True)
     if done.returncode:
-        told = done.stderr.decode(errors="replace").strip().splitlines()
-        raise CaloraError(
-            f"git {arguments[0]}", "success", told[-1] if told else f"exit code {done.returncode}", "see above"
-        )
+        lines = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
+        told = next((line for line in lines if line.startswith(("fatal:", "error:"))), lines[-1])
+        raise CaloraError(f"git {' '.join(arguments[:2])}", "success", told, "mend what git complains of")
     return done.stdout.decode(errors="replace")
 
 

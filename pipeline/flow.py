@@ -26,6 +26,7 @@ from pipeline.checkout import checkout, commit_of, experiments, resumable, sweep
 from pipeline.graph import LockBusy, StageFailed, run_stage, stages, unchanged, with_needed
 from pipeline.process import DVC, Processes
 from pipeline.settings import NAME, ROOT, Settings, changes, write_params
+from pipeline.share import Sharing
 from pipeline.show import show_results
 
 PROGRESS = re.compile(r"(?P<title>.+): (?P<done>\d+) of (?P<all>\d+) (?P<unit>\w+), .* left(?P<rest>.*)")
@@ -53,7 +54,7 @@ def can_help(_: Any, run: Any, state: State) -> bool:
     cache_policy=NO_CACHE,
     persist_result=False,
 )
-def dvc_stage(stage: str, folder: Path, known: bool, processes: Processes) -> State:
+def dvc_stage(stage: str, folder: Path, known: bool, processes: Processes, sharing: Sharing) -> State:
     """One stage of the graph; `known` says that nothing of it changed."""
     if known:
         return Completed(name="Cached", message="unchanged")
@@ -63,7 +64,9 @@ def dvc_stage(stage: str, folder: Path, known: bool, processes: Processes) -> St
         log.info(line)
         bar.see(line)
 
-    what = run_stage(stage, folder, processes, say).what
+    what = run_stage(stage, folder, processes, say, pull=bool(sharing.remote)).what
+    if what == "ran":
+        sharing.push_stage(stage)
     return Completed(name=WORDS[what], message=what)
 
 
@@ -120,6 +123,7 @@ def ca_lora(
     commit: str = "HEAD",
     changed_files: Literal["refuse", "take along"] = "refuse",
     only: list[str] = [],  # noqa: B006
+    share: str = "",
 ) -> dict[str, str]:
     """Run the pipeline in a checkout of its own, and keep the result as a DVC experiment.
 
@@ -129,6 +133,7 @@ def ca_lora(
         commit: What the run starts from, and its experiment is listed under: a branch, tag, experiment or hash.
         changed_files: If the working tree has uncommitted changes: refuse to run, or take them along.
         only: Stages to run, with what they need, such as distill; empty for all.
+        share: Git remote to share results through, such as origin, with DVC's default remote; empty for none.
     """
     log = get_run_logger()
     parent = commit_of(ROOT, commit)
@@ -146,13 +151,16 @@ def ca_lora(
             log.info(f"{key}: {old} -> {new}")
         with resumable(ROOT, folder):
             check_params(folder, processes, log.info)
+            sharing = Sharing(share, folder, processes, log.info)
+            sharing.fetch()
             graph = with_needed(stages(folder), only)
-            states = run_all(graph, unchanged(folder, graph), folder, processes)
+            states = run_all(graph, unchanged(folder, graph), folder, processes, sharing)
             failed = [stage for stage, state in states.items() if state.name not in ("Completed", "Cached")]
             if failed:
                 raise StageFailed("; ".join(f"{stage}: {states[stage].name}" for stage in failed))
             if not only:
                 saved = save_experiment(ROOT, folder, name, processes, log.info)
+                sharing.push_experiment(saved)
                 show_results(ROOT, folder, parent, saved)
     return {stage: state.name or "" for stage, state in states.items()}
 
@@ -165,12 +173,14 @@ def check_params(folder: Path, processes: Processes, say: Callable[[str], None])
         raise StageFailed(lines[-1] if lines else "params.yaml is wrong")
 
 
-def run_all(graph: dict[str, list[str]], known: set[str], folder: Path, processes: Processes) -> dict[str, State]:
+def run_all(
+    graph: dict[str, list[str]], known: set[str], folder: Path, processes: Processes, sharing: Sharing
+) -> dict[str, State]:
     """Every stage after those that it needs; one that fails leaves the branches that do not need it going."""
     futures: dict[str, PrefectFuture[Any]] = {}
     for stage, needs in graph.items():
         waits = [futures[needed] for needed in needs]
-        futures[stage] = dvc_stage.submit(stage, folder, stage in known, processes, wait_for=waits)
+        futures[stage] = dvc_stage.submit(stage, folder, stage in known, processes, sharing, wait_for=waits)
     for future in futures.values():
         # Short waits: a signal is answered between two of them. A stage whose need failed stays pending, NotReady.
         while not (future.state.is_final() or future.state.name == "NotReady"):

@@ -13,6 +13,9 @@ from typing import Any
 from calora.errors import CaloraError
 from pipeline.process import DVC, Processes, environment
 
+HINTS = (  # of DVC, for somebody at a terminal
+    "To track the changes", "git add ", "To enable auto staging", "dvc config core.autostage", "Use `dvc push`", "Updating lock file",
+)  # fmt: skip
 BUSY = ("Unable to acquire lock", "is busy, it is being blocked by")
 
 
@@ -67,7 +70,12 @@ def unchanged(folder: Path, graph: Mapping[str, list[str]]) -> set[str]:
     subprocess.run([*DVC, "checkout", "--quiet", "--allow-missing"], cwd=folder, env=environment(), capture_output=True)
     done = subprocess.run([*DVC, "status", "--json"], cwd=folder, env=environment(), capture_output=True, text=True)
     if done.returncode:
-        raise CaloraError("dvc status", "the state of the stages", done.stderr.strip().splitlines()[-1], "see above")
+        raise CaloraError(
+            "dvc status",
+            "the state of the stages",
+            done.stderr.strip().splitlines()[-1],
+            "mend dvc.yaml or params.yaml",
+        )
     changed = set(json.loads(done.stdout))
     same: set[str] = set()
     for stage, needs in graph.items():
@@ -84,8 +92,10 @@ class Outcome:
     what: str
 
 
-def run_stage(stage: str, folder: Path, processes: Processes, say: Callable[[str], None]) -> Outcome:
-    """`dvc repro --single-item`, its output line by line to `say`.
+def run_stage(
+    stage: str, folder: Path, processes: Processes, say: Callable[[str], None], pull: bool = False
+) -> Outcome:
+    """`dvc repro --single-item`, its output line by line to `say`; `pull` takes what the remote has already.
 
     Raises:
         LockBusy, StageFailed: it failed.
@@ -95,9 +105,11 @@ def run_stage(stage: str, folder: Path, processes: Processes, say: Callable[[str
 
     def keep(line: str) -> None:
         lines.append(line)
-        say(line)
+        if not any(line.strip().startswith(words) for words in HINTS):
+            say(line)
 
-    if processes.run([*DVC, "repro", "--single-item", stage], folder, keep):
+    command = [*DVC, "repro", "--single-item", *(["--pull"] if pull else []), stage]
+    if processes.run(command, folder, keep):
         told = next(
             (line for line in reversed(lines) if re.match("(ERROR|error): ", line)), lines[-1] if lines else "no output"
         )

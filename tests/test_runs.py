@@ -355,3 +355,41 @@ def test_a_sweep_has_every_combination_under_names_of_their_own():
 
 def test_parameters_are_compared_leaf_by_leaf():
     assert flat({"a": {"b": 1, "c": [2]}, "d": None}) == {"a.b": 1, "a.c": [2], "d": None}
+
+
+# More than one machine
+
+
+def test_what_one_machine_pushed_no_other_computes(project, tmp_path, prefect_api, monkeypatch):
+    git(project, "init", "--bare", "--quiet", str(tmp_path / "git"))
+    git(project, "remote", "add", "origin", str(tmp_path / "git"))
+    dvc = [sys.executable, "-m", "dvc"]
+    subprocess.run(
+        [*dvc, "remote", "add", "--quiet", "--default", "files", str(tmp_path / "files")], cwd=project, check=True
+    )
+    git(project, "commit", "--quiet", "--all", "--message", "remote")
+    git(project, "push", "--quiet", "origin", "HEAD")
+    other = tmp_path / "other"
+    git(project, "clone", "--quiet", str(tmp_path / "git"), str(other))
+    for key, value in (("user.name", "other"), ("user.email", "o@example.org")):
+        git(other, "config", key, value)
+    assert set(run(name="here", settings=Settings(other={"number": 4}), share="origin").result().values()) == {
+        "Completed"
+    }
+    monkeypatch.setattr(flows, "ROOT", other)
+    states = run(name="there", settings=Settings(other={"number": 4}), share="origin").result()
+    assert {states[stage] for stage in ("number", "square@a", "square@b")} == {"Cached"}
+    assert sorted(experiments(other)) == ["here", "there"]
+    assert run(name="here", settings=Settings(other={"number": 6}), share="origin").is_completed()
+    assert sorted(experiments(other)) == ["here", "here-2", "there"]
+    seen = git(project, "ls-remote", "origin", "refs/exps/*")
+    assert len(seen.splitlines()) == 3
+
+
+def test_sharing_needs_remotes(project, prefect_api):
+    with pytest.raises(CaloraError, match="nowhere"):
+        run(name="first", share="nowhere").result()
+    git(project, "remote", "add", "origin", str(project))
+    with pytest.raises(CaloraError, match="dvc remote add"):
+        run(name="first", share="origin").result()
+    assert left(project) == []
