@@ -39,8 +39,7 @@ def read_experiment(root: Path, name: str) -> Experiment:
         text = files_of(root, name)
         params = yaml.safe_load(text("params.yaml"))
         found = {
-            task: {recipe: _found(text, f"models/evaluated/{task}/{recipe}") for recipe in params["recipes"]}
-            for task in params["tasks"]
+            task: {recipe: _found(text, f"{task}/{recipe}") for recipe in params["recipes"]} for task in params["tasks"]
         }
     except Exception as error:  # dvc raises many kinds for "no such commit", "not in the cache", "no such file"
         told = str(error).strip().splitlines() or [type(error).__name__]
@@ -49,8 +48,9 @@ def read_experiment(root: Path, name: str) -> Experiment:
     return Experiment(found, flat(params))
 
 
-def _found(text: Callable[[str], str], folder: str) -> Found:
-    return Found(*(json.loads(text(f"{folder}/{part}.json")) for part in ("metrics", "curves")))
+def _found(text: Callable[[str], str], place: str) -> Found:
+    metrics, curves = (json.loads(text(f"models/evaluated/{place}/{part}.json")) for part in ("metrics", "curves"))
+    return Found(metrics, curves, json.loads(text(f"models/inherited/{place}/inherit.json")).get("errors", {}))
 
 
 def flat(params: dict[str, Any], above: str = "") -> dict[str, Any]:

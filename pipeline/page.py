@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from html import escape
@@ -31,16 +31,17 @@ h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin-top: 2.5rem } h3 { font-
 .wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.9rem }
 th, td { padding: 0.3rem 0.7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
 th { background: var(--soft); white-space: normal; vertical-align: bottom } .text { text-align: left }
-figure { margin: 1rem 0 } svg { max-width: 100%; height: auto; color: var(--ink) } figcaption { font-size: 0.85rem }
+.pair { display: flex; flex-wrap: wrap; gap: 1rem } .pair figure { flex: 1 1 28rem } figure { margin: 1rem 0 } svg { max-width: 100%; height: auto; color: var(--ink) } figcaption { font-size: 0.85rem }
 """
 
 
 @dataclass(frozen=True)
 class Found:
-    """What one task and recipe gave: metrics.json and the validation curves."""
+    """What one task and recipe gave: metrics.json, the validation curves, and layer -> [error before, after]."""
 
     metrics: dict[str, Any]
     curves: dict[str, Any]
+    errors: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,41 +57,44 @@ def page(experiments: Mapping[str, Experiment]) -> str:
     parts = ["<h1>CA-LoRA: results</h1>"]
     if any(one.params for one in experiments.values()):
         parts.append(table_html(of_params(experiments)))
-    tasks = dict.fromkeys(task for one in experiments.values() for task in one.found)
-    for task in tasks:
-        own = {name: one.found[task] for name, one in experiments.items() if task in one.found}
-        rows = {
-            recipe if len(own) == 1 else f"{name}: {recipe}": found
-            for name, recipes in own.items()
-            for recipe, found in recipes.items()
-        }
-        metrics = {row: found.metrics for row, found in rows.items()}
-        parts.append(f"<h2>{escape(task)}</h2>")
-        parts.append(
-            table_html(
-                of_runs("Before and after CA-LoRA", "recipe" if len(own) == 1 else "experiment: recipe", metrics)
-            )
-        )
-        parts.append(
-            figure_html(
-                partial(plots.recipes_against_bytes, metrics, task), "Each recipe from the inherited LoRA to CA-LoRA."
-            )
-        )
-        for row, found in rows.items():
-            title = f"{task}, {row}"
-            parts.append("<section>")
-            parts.append(table_html(of_methods(row, found.metrics)))
-            parts.append(
-                figure_html(
-                    partial(plots.accuracy_against_bytes, found.metrics, title), "Every method, with its 95 % interval."
-                )
-            )
-            parts.append(
-                figure_html(partial(plots.convergence, found.curves, title), "Validation accuracy while training.")
-            )
-            parts.append("</section>")
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>CA-LoRA: results</title><style>{STYLE}</style>'
+    for task in dict.fromkeys(task for one in experiments.values() for task in one.found):
+        parts += of_task(task, {name: one.found[task] for name, one in experiments.items() if task in one.found})
+    size = '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    head = f'<meta charset="utf-8">{size}<title>CA-LoRA: results</title><style>{STYLE}</style>'
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
+
+
+def of_task(task: str, experiments: Mapping[str, Mapping[str, Found]]) -> Iterator[str]:
+    """The parts of one task: all rows together, then each experiment and recipe on its own."""
+    alone = len(experiments) == 1
+    rows = {
+        recipe if alone else f"{name}: {recipe}": found
+        for name, recipes in experiments.items()
+        for recipe, found in recipes.items()
+    }
+    metrics = {row: found.metrics for row, found in rows.items()}
+    yield f"<h2>{escape(task)}</h2>"
+    yield table_html(of_runs("Before and after CA-LoRA", "recipe" if alone else "experiment: recipe", metrics))
+    yield pair(
+        figure_html(partial(plots.recipes_against_bytes, metrics, task), "Each recipe: inherited LoRA to CA-LoRA."),
+        figure_html(partial(plots.front, metrics, task), "Every method; the line is the best accuracy for the bytes."),
+    )
+    for row, found in rows.items():
+        title = f"{task}, {row}"
+        yield f"<section>{table_html(of_methods(row, found.metrics))}"
+        yield pair(
+            figure_html(partial(plots.accuracy_against_bytes, found.metrics, title), "Methods, 95 % intervals."),
+            figure_html(partial(plots.convergence, found.curves, title), "Validation accuracy while training."),
+        )
+        if found.errors:
+            told = "Relative error of each layer's output on the teacher's inputs, and what the start of the bypass leaves of it."
+            yield figure_html(partial(plots.layer_errors, found.errors, title), told)
+        yield "</section>"
+
+
+def pair(*figures: str) -> str:
+    """Figures side by side where there is room."""
+    return f"<div class=pair>{''.join(figures)}</div>"
 
 
 def of_params(experiments: Mapping[str, Experiment]) -> Table:
@@ -122,6 +126,8 @@ def figure_html(draw: Callable[[], Figure], caption: str) -> str:
     with matplotlib.rc_context(LOOK):
         draw().savefig(file, format="svg", metadata={"Date": None})
     svg = re.sub(r"^.*?(?=<svg)", "", file.getvalue(), flags=re.S)
-    svg = svg.replace(INK, "currentColor").replace("#000000", "currentColor")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    for ink in (INK, plots.BLACK, "#000000"):
+        svg = svg.replace(ink, "currentColor")
     svg = svg.replace("<svg ", f'<svg role="img" aria-label="{escape(caption)}" ', 1)
     return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"

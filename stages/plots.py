@@ -7,12 +7,13 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+BLACK = "#010101"  # told apart from SVG's default, which nobody writes
 # In the table's order: label, colour and marker.
 METHODS = {
     "llm": ("LLM", "#56B4E9", "s"),
     "llm_lora": ("LLM + LoRA (teacher)", "#009E73", "s"),
     "small_lora": ("small model + LoRA", "#CC79A7", "^"),
-    "clm": ("CLM", "#000000", "v"),
+    "clm": ("CLM", BLACK, "v"),
     "clm_inherited": ("CLM + inherited LoRA", "#D55E00", "D"),
     "clm_lora_qk": ("CLM + LoRA (q, k)", "#999999", "P"),
     "clm_lora": ("CLM + LoRA (equal budget)", "#E69F00", "o"),
@@ -51,7 +52,49 @@ def recipes_against_bytes(found: dict[str, Any], task: str) -> Figure:
     handles, labels = axes.get_legend_handles_labels()
     once = dict(zip(labels, handles, strict=True))
     axes.set(xlabel="MB on disk (base and adapter)", ylabel="test accuracy", title=f"{task}: before and after CA-LoRA")
+    axes.margins(y=0.12)
     axes.legend(once.values(), once.keys(), fontsize=8, loc="lower right")
+    return figure
+
+
+def front(found: dict[str, Any], task: str) -> Figure:
+    """Every method of every recipe a point, and the Pareto front: what no other is both smaller and better than."""
+    figure, axes = blank(7.5, 4.6)
+    points = []
+    for metrics in found.values():
+        for method, (label, colour, marker) in METHODS.items():
+            if method in metrics["methods"]:
+                m = metrics["methods"][method]
+                points.append((m["bytes_on_disk"] / 1e6, m["accuracy"]))
+                axes.plot(*points[-1], marker, ms=7, color=colour, label=label)
+    best: list[tuple[float, float]] = []
+    for size, accuracy in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not best or accuracy > best[-1][1]:
+            best.append((size, accuracy))
+    axes.plot(*zip(*best, strict=True), drawstyle="steps-post", color="#999999", lw=1, zorder=0)
+    handles, labels = axes.get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))
+    axes.set(xlabel="MB on disk (base and adapter)", ylabel="test accuracy", title=f"{task}: all methods")
+    axes.legend(once.values(), once.keys(), fontsize=8, loc="lower right")
+    return figure
+
+
+def layer_errors(errors: dict[str, list[float]], title: str) -> Figure:
+    """Relative error of each layer before and after the start of the bypass, a panel for each kind of layer."""
+    kinds: dict[str, list[list[float]]] = {}
+    for layer, pair in errors.items():
+        kinds.setdefault(layer.rsplit(".", 1)[-1], []).append(pair)
+    figure = Figure(figsize=(max(2.0 * len(kinds), 4.0), 2.6), layout="constrained")
+    panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    for axes, (kind, pairs) in zip(panels, kinds.items(), strict=True):
+        axes.plot([before for before, _ in pairs], color=METHODS["clm"][1], ls="--", label="before")
+        axes.plot([after for _, after in pairs], color=METHODS["clm_calora"][1], label="after")
+        axes.set_title(kind, fontsize=9)
+        axes.set_xlabel("block", fontsize=8)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("relative error", fontsize=8)
+    panels[0].legend(fontsize=7)
+    figure.suptitle(title, fontsize=10)
     return figure
 
 
