@@ -23,83 +23,15 @@ from pipeline.graph import StageFailed, run_stage, stages, unchanged, with_neede
 from pipeline.process import Processes, Stopped, environment
 from pipeline.settings import RECIPES, Settings, changes, write_params
 from pipeline.sweep import cells, name_of
-
-# A project of the same shape as ours whose stages copy a number; `square` can be told to fail or to wait.
-DVC_YAML = """
-stages:
-  number:
-    cmd: python stages/number.py
-    params: [number]
-    outs: [number.txt]
-  square:
-    foreach: ${recipes}
-    do:
-      cmd: python stages/square.py ${item}
-      deps: [number.txt, stages/square.py]
-      params: [how]
-      outs: ["squares/${item}.txt"]
-  report:
-    cmd: python stages/report.py
-    deps: [squares]
-    params: [recipes]
-    outs:
-      - results/summary.json: {cache: false}
-      - results/table.md: {cache: false}
-      - results/plots: {cache: false}
-metrics: [results/summary.json]
-"""
-FILES = {
-    "params.yaml": "number: 3  # a comment\nhow: well\nrecipes: [a, b]\n",
-    "dvc.yaml": DVC_YAML,
-    ".gitignore": ".cache/\ncheckpoints\n.prefect/\n",
-    ".dvcignore": ".cache/\n",
-    "stages/common.py": "def run(act):\n    act(None)\n",
-    "stages/number.py": "import yaml\nopen('number.txt', 'w').write(str(yaml.safe_load(open('params.yaml'))['number']))\n",
-    "stages/square.py": """
-import os, pathlib, sys, time, yaml
-how, item = yaml.safe_load(open('params.yaml'))['how'], sys.argv[1]
-kept = pathlib.Path('checkpoints'); kept.mkdir(exist_ok=True)
-if how == 'badly' and item == 'a':
-    sys.exit('error: a cannot be squared')
-if how == 'slowly' and not (kept / 'half').exists():
-    (kept / 'half').write_text('')
-    print('half: 1 of 2 steps, 00:01 gone, 00:01 left, loss=0.5', flush=True)
-    time.sleep(60)
-pathlib.Path('squares').mkdir(exist_ok=True)
-number = int(open('number.txt').read())
-pathlib.Path(f'squares/{item}.txt').write_text(str(number * number))
-""",
-    "stages/report.py": """
-import json, pathlib
-found = {p.stem: {'square': int(p.read_text())} for p in pathlib.Path('squares').glob('*.txt')}
-pathlib.Path('results/plots').mkdir(parents=True, exist_ok=True)
-pathlib.Path('results/plots/one.png').write_bytes(b'png')
-pathlib.Path('results/summary.json').write_text(json.dumps({'toy': found}))
-pathlib.Path('results/table.md').write_text('| square |\\n')
-""",
-}  # fmt: skip
+from tests.toyproject import FILES, left, make_toy
 
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    folder = tmp_path / "project"
-    for name, text in FILES.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
-    for command in (
-        ["git", "init", "-q"], ["git", "config", "user.name", "tester"], ["git", "config", "user.email", "t@example.org"],
-        [sys.executable, "-m", "dvc", "init", "-q"], ["git", "add", "-A"], ["git", "commit", "-q", "-m", "start"],
-    ):  # fmt: skip
-        subprocess.run(command, cwd=folder, check=True, env=environment())
+    folder = make_toy(tmp_path / "project")
     monkeypatch.setattr(flows, "ROOT", folder)
-    monkeypatch.setattr(flows, "show_results", lambda *_: None)  # these stages have no methods to show
+    monkeypatch.setattr(flows, "show_results", lambda *_: None)  # its stages have no methods to show
     return folder
-
-
-def left(folder: Path) -> list[str]:
-    """What runs left behind."""
-    worktrees = git(folder, "worktree", "list").strip().splitlines()[1:]
-    return worktrees + [str(path) for path in (folder / ".cache/runs").glob("*")]
 
 
 # Settings
