@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -76,6 +77,9 @@ def inherit(
     activation: str,
     start: str,
     origin: Origin = WHOLE,
+    lora: bool = True,
+    bypass: bool = True,
+    seed: int = 0,
 ) -> tuple[Adapter, dict[str, Any]]:
     """The adapter that CA-LoRA starts from: the teacher's LoRA and an initialised bypass.
 
@@ -88,28 +92,46 @@ def inherit(
         rank, activation: of the bypass; 1 <= rank <= the layer's width.
         origin: where the compressed model's layers come from, if some were cut or reordered.
         start: `weighted_error` (the exact linear warm start), or `zero` (the paper's: U = 0, an exact no-op).
+        lora, bypass: False for the ablation: a fresh LoRA of the teacher's shape (the reference then goes without the
+            teacher's), and no bypass.
+        seed: of a fresh LoRA.
 
     Returns:
-        The adapter, and a report: what `carry_lora` says, and `bypass` (layer -> share of the weighted error
-        ||E X||^2 that the warm start removes, 0 for `zero`).
+        The adapter, and a report: what `carry_lora` says, and `errors` (layer with a bypass -> [before, after]: the
+        weighted error ||E X|| / ||W X|| without and with the warm start, the same for `zero`).
     """
     if start not in STARTS:
         raise CaloraError("inherit.start", f"one of {', '.join(STARTS)}", start, "mend params.yaml")
     layers = check_targets(model, targets, rank, "inherit")
     adapter, report = carry_lora(model, teacher, origin)
+    tensors = adapter.lora if lora else fresh_lora(adapter.lora, seed)
+    meta = {**teacher.meta, "activation": activation, "recovery": bypass}
+    errors: dict[str, list[float]] = {}
+    if not bypass:
+        return Adapter(adapter.config, tensors, {}, meta), {**report, "errors": errors}
     recovery = random_bypasses(layers, rank, activation)
-    removed = dict.fromkeys(layers, 0.0)
-    if start == "weighted_error":
+    if lora:
         attach_adapter(reference, teacher, "teacher")
         set_active(reference, "teacher")
-        for key, moment, error in weighted_errors(reference, layers, origin, calibration):
-            if not bool(error.any()):
-                continue  # nothing to correct: a zero start in both factors could never learn
+    for key, moment, weight, error in weighted_errors(reference, layers, origin, calibration):
+        before = after = relative(error, weight, moment)
+        if start == "weighted_error" and bool(error.any()):  # else a zero start in both factors could never learn
             p, q = best_linear_correction(error, moment, correction_rank(rank, activation))
             recovery[f"{key}.down"], recovery[f"{key}.up"] = linear_as_bypass(p, q, activation, rank)
-            removed[key] = removed_share(error, (p @ q).T, moment)
-    meta = {**teacher.meta, "activation": activation}
-    return Adapter(adapter.config, adapter.lora, recovery, meta), {**report, "bypass": removed}
+            after = relative(error - (p @ q).T, weight, moment)
+        errors[key] = [before, after]
+    return Adapter(adapter.config, tensors, recovery, meta), {**report, "errors": errors}
+
+
+def fresh_lora(like: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """A LoRA of the same shape as PEFT starts it: A uniform as Kaiming (a = sqrt(5)), B = 0."""
+    generator = torch.Generator().manual_seed(seed)
+    made: dict[str, Tensor] = {}
+    for key, tensor in sorted(like.items()):
+        made[key] = torch.zeros_like(tensor)
+        if ".lora_A." in key:
+            made[key].copy_(nn.init.kaiming_uniform_(torch.empty(tensor.shape), a=5**0.5, generator=generator))
+    return made
 
 
 def random_bypasses(layers: Mapping[str, nn.Linear], rank: int, activation: str) -> dict[str, Tensor]:
@@ -126,8 +148,8 @@ def random_bypasses(layers: Mapping[str, nn.Linear], rank: int, activation: str)
 
 def weighted_errors(
     reference: PreTrainedModel, layers: Mapping[str, nn.Linear], origin: Origin, calibration: Sequence[Example]
-) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield (layer, X^T X [in, in], E = W - W_c [out, in]), in the shape of the compressed layer.
+) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+    """Yield (layer, X^T X [in, in], W, E = W - W_c [out, in]), in the shape of the compressed layer.
 
     X are the inputs that the *uncompressed* model sees: those of the compressed one have drifted, and a correction
     that is fitted to them is far worse (docs/method.md has the figures). Where inputs were cut, W is the best that the
@@ -140,10 +162,10 @@ def weighted_errors(
         weight, columns = origin.slice_rows(key, whole[source].weight.detach().float()), origin.columns(key)
         if columns is not None:
             weight, moment = compensated(weight, moment, columns), moment[columns][:, columns]
-        yield key, moment, weight - dense_weight(layers[key], torch.float32)
+        yield key, moment, weight, weight - dense_weight(layers[key], torch.float32)
 
 
-def removed_share(error: Tensor, correction: Tensor, moment: Tensor) -> float:
-    """1 - ||(E - T) X||^2 / ||E X||^2, 0 where there is no error."""
-    before, after = (float(((e @ moment) * e).sum()) for e in (error, error - correction))
-    return round(1 - after / before, 4) if before > 0 else 0.0
+def relative(error: Tensor, weight: Tensor, moment: Tensor) -> float:
+    """||E X|| / ||W X||, from X^T X."""
+    lost, whole = (float(((e @ moment) * e).sum()) for e in (error, weight))
+    return round(math.sqrt(max(lost, 0.0) / max(whole, 1e-30)), 6)

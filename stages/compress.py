@@ -1,4 +1,7 @@
-"""Compress the base by one recipe. Reads models/base, data/calibration; writes models/compressed/<recipe>."""
+"""Compress the base by one recipe. Reads models/base, data/calibration; writes models/compressed/<recipe>.
+
+How long it took goes to results/compress/<recipe>.json: beside the model it would make every later stage run again.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,12 @@ import shutil
 
 import torch
 
-from calora.artifacts import bytes_on_disk, fingerprint
+from calora.artifacts import bytes_on_disk, fingerprint, write_json
 from calora.compressed import save
 from calora.compression import Calibration, check_recipe, compress, fingerprint_of
 from calora.models import load_model, load_tokenizer
 from calora.tasks import Example, read_rows
-from stages.common import BASE, CALIBRATION, CHECKPOINTS, compressed, run
+from stages.common import BASE, CALIBRATION, CHECKPOINTS, compressed, results, run
 from stages.config import Params
 
 
@@ -27,13 +30,15 @@ def main(params: Params, recipe: str) -> None:
     unfinished = CHECKPOINTS / compressed(recipe)
     model = load_model(BASE, torch.bfloat16)
     report = compress(model, steps, Calibration(examples, unfinished / key))
+    seconds = report.pop("seconds")
     save(model, report, compressed(recipe), BASE)
+    write_json(results("compress", f"{recipe}.json"), {"seconds": seconds})
     shutil.rmtree(unfinished, ignore_errors=True)
     before, after = bytes_on_disk(BASE), bytes_on_disk(compressed(recipe))
     print(f"{recipe}: {before / 1e6:.1f} MB -> {after / 1e6:.1f} MB ({after / before:.3f})")
     for step, errors in report["blocks"].items():
         worst = max(errors.values(), default=0.0)
-        print(f"{step}: {report['seconds'][step]:.0f} s, relative error of a block's output at most {worst:.3f}")
+        print(f"{step}: {seconds[step]:.0f} s, relative error of a block's output at most {worst:.3f}")
 
 
 if __name__ == "__main__":

@@ -184,8 +184,10 @@ class Calibration(Section):
 
 
 class Inherit(Section):
-    """The bypass and its start."""
+    """The bypass and its start; `lora` and `bypass` can be switched off for an ablation."""
 
+    lora: bool
+    bypass: bool
     targets: Annotated[list[str], Field(min_length=1)]
     rank: Positive
     activation: Literal["gelu", "relu", "silu", "identity"]
@@ -200,8 +202,9 @@ class Inherit(Section):
 
 
 class Distill(Section):
-    """The weights of the loss."""
+    """The weights of the loss; without the `teacher` L = L_task."""
 
+    teacher: bool
     alpha: Weight
     alpha_encoder: Weight
     kl: Weight

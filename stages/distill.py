@@ -58,8 +58,10 @@ def main(params: Params, name: str, recipe: str) -> None:
 
 
 def weights(params: Params) -> Weights:
-    """The weights of the loss."""
+    """The weights of the loss; without the teacher L = L_task."""
     d = params.distill
+    if not d.teacher:
+        return Weights({}, 0.0, 0.0, 0.0, 0)
     return Weights({"decoder": d.alpha, "encoder": d.alpha_encoder}, d.kl, d.labelled, d.unlabelled, d.unlabelled_every)
 
 

@@ -31,7 +31,6 @@ def main(params: Params, name: str, recipe: str) -> None:
         "compressed_fingerprint": model.calora_fingerprint,
         "recipe": recipe,
         "steps": params.compressions[recipe],
-        "recovery": True,
         "rank": options.rank,
     }
     rows = read_split(name, "train")[: options.calibration_texts]
@@ -39,15 +38,19 @@ def main(params: Params, name: str, recipe: str) -> None:
     inherited, report = inherit(
         model, load_model(BASE, torch.bfloat16), origin, calibration,
         targets=options.targets, rank=options.rank, activation=options.activation, start=options.start, origin=model.calora_origin,
+        lora=options.lora, bypass=options.bypass, seed=params.seed,
     )  # fmt: skip
     out = adapter("inherited", name, recipe)
     base = str(compressed(recipe))
     write_adapter(out, inherited, base, plain_card(task, base), torch.bfloat16, {"inherit.json": report})
     if report["dropped"]:
         print(f"{len(report['dropped'])} LoRA tensors dropped: their layers were cut")
-    share = sum(report["bypass"].values()) / len(report["bypass"])
-    print(f"{name} on {recipe}: {len(report['mapped'])} LoRA layers mapped, {len(report['bypass'])} bypasses;", end=" ")
-    print(f"the start removes {share:.1%} of the weighted error")
+    errors = list(report["errors"].values())
+    print(f"{name} on {recipe}: {len(report['mapped'])} LoRA layers mapped, {len(errors)} bypasses", end="")
+    if errors:
+        before, after = (sum(column) / len(errors) for column in zip(*errors, strict=True))
+        print(f"; relative error of a layer's output {before:.3f}, with the start {after:.3f}", end="")
+    print()
 
 
 if __name__ == "__main__":
