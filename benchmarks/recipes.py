@@ -21,11 +21,10 @@ ORDER = ("q8", "q4", "nf4", "up", "sp", "m", "q8_up", "q4_up", "q8_up_m")
 MARKS = "<!-- {} of benchmarks.recipes -->"
 
 
-def bytes_table(found: dict[str, Any]) -> str:
+def bytes_table(found: dict[str, Any]) -> tables.Table:
     """Size of each compressed base's weights against the uncompressed ones."""
-    lines = ["| recipe | MB | share |", "|---|---:|---:|"]
-    lines += [f"| {name} | {one['bytes'] / 1e6:.1f} | {one['share']:.3f} |" for name, one in found.items()]
-    return "\n".join(lines)
+    rows = [[name, f"{one['bytes'] / 1e6:.1f}", f"{one['share']:.3f}"] for name, one in found.items()]
+    return tables.Table("bytes", ["recipe", "MB", "share"], {0}, rows)
 
 
 def between(text: str, name: str, new: str) -> str:
@@ -48,8 +47,8 @@ def main() -> None:
     metrics = {recipe: one["metrics"] for recipe, one in found.items()}
     table = tables.of_runs(task, "recipe", metrics)
     write_json(DATA, found)
-    text = between(PAGE.read_text(encoding="utf-8"), "table", table.markdown().split("\n\n", 1)[1])
-    write_text(PAGE, between(text, "bytes", bytes_table(found)))
+    text = between(PAGE.read_text(encoding="utf-8"), "table", table.grid())
+    write_text(PAGE, between(text, "bytes", bytes_table(found).grid()))
     plots.recipes_against_bytes(metrics, task).savefig(PICTURE, dpi=130)
 
 

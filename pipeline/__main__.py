@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
 from calora.errors import CaloraError
 from pipeline import local
-from pipeline.settings import ROOT, Settings
+from pipeline.settings import PREFECT, ROOT, Settings, checked
 
 
 def main(arguments: list[str]) -> int:
@@ -151,9 +149,8 @@ COMMANDS = {
 
 def alone() -> None:
     """Let Prefect work without a server, its state inside the project, unless PREFECT_API_URL names one."""
-    os.environ.setdefault("PREFECT_HOME", str(ROOT / ".prefect"))
-    os.environ.setdefault("DO_NOT_TRACK", "1")
-    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    for key, value in PREFECT.items():
+        os.environ.setdefault(key, value)
 
 
 def add_settings(command: argparse.ArgumentParser) -> None:
@@ -172,12 +169,8 @@ def settings_of(chosen: argparse.Namespace) -> Settings:
     """The checked fields; raises `CaloraError` with the name of the first that is wrong."""
     values = {name: getattr(chosen, name) for name in Settings.model_fields if name != "other"}
     other = dict(pair(text) for text in chosen.set)
-    try:
-        return Settings.model_validate({**{k: v for k, v in values.items() if v is not None}, "other": other})
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise CaloraError(where, first["msg"], json.dumps(first["input"]), "python -m pipeline run --help") from None
+    filled = {name: value for name, value in values.items() if value is not None}
+    return checked({**filled, "other": other}, "python -m pipeline run --help")
 
 
 def pair(text: str) -> tuple[str, Any]:

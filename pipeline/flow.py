@@ -4,7 +4,6 @@
 import os
 import re
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,10 +23,10 @@ from pydantic import Field
 from calora.errors import CaloraError
 from pipeline.checkout import checkout, commit_of, experiments, resumable, sweep, uncommitted
 from pipeline.graph import LockBusy, StageFailed, run_stage, stages, unchanged, with_needed
-from pipeline.process import DVC, Processes
+from pipeline.process import CHECK_PARAMS, DVC, Processes
 from pipeline.settings import NAME, ROOT, Settings, changes, write_params
 from pipeline.share import Sharing
-from pipeline.show import show_results
+from pipeline.show import key_of, show_results
 
 PROGRESS = re.compile(r"(?P<title>.+): (?P<done>\d+) of (?P<all>\d+) (?P<unit>\w+), .* left(?P<rest>.*)")
 WORDS = {"ran": "Completed", "restored": "Cached", "unchanged": "Cached"}
@@ -74,7 +73,7 @@ class Bar:
     """A stage's progress artifact, moved by the lines of its output."""
 
     def __init__(self, stage: str) -> None:
-        self.key = re.sub("[^a-z0-9]+", "-", stage.lower()).strip("-")
+        self.key = key_of(stage)
         self.artifact: UUID | None = None
 
     def see(self, line: str) -> None:
@@ -150,7 +149,7 @@ def ca_lora(
         for key, (old, new) in write_params(folder, changes(settings)).items():
             log.info(f"{key}: {old} -> {new}")
         with resumable(ROOT, folder):
-            check_params(folder, processes, log.info)
+            check_params(folder, processes)
             sharing = Sharing(share, folder, processes, log.info)
             sharing.fetch()
             graph = with_needed(stages(folder), only)
@@ -165,11 +164,10 @@ def ca_lora(
     return {stage: state.name or "" for stage, state in states.items()}
 
 
-def check_params(folder: Path, processes: Processes, say: Callable[[str], None]) -> None:
+def check_params(folder: Path, processes: Processes) -> None:
     """Let the checkout's own code check its params.yaml, before any stage runs."""
     lines: list[str] = []
-    check = "from stages.common import run; run(lambda params: None)"
-    if processes.run([sys.executable, "-c", check], folder, lines.append):
+    if processes.run(CHECK_PARAMS, folder, lines.append):
         raise StageFailed(lines[-1] if lines else "params.yaml is wrong")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -110,12 +109,10 @@ def run_stage(
 
     command = [*DVC, "repro", "--single-item", *(["--pull"] if pull else []), stage]
     if processes.run(command, folder, keep):
-        told = next(
-            (line for line in reversed(lines) if re.match("(ERROR|error): ", line)), lines[-1] if lines else "no output"
-        )
-        own = next((line for line in lines if line.startswith("error: ")), told)
+        said = next((line for line in lines if line.startswith("error: ")), None)
+        said = said or next((line for line in reversed(lines) if line.startswith("ERROR: ")), None)
         kind = LockBusy if any(words in line for line in lines for words in BUSY) else StageFailed
-        raise kind(f"{stage}: {own}")
+        raise kind(f"{stage}: {said or (lines or ['no output'])[-1]}")
     if any(line.startswith("Running stage") for line in lines):
         return Outcome(stage, "ran")
     return Outcome(stage, "restored" if any("is cached - skipping run" in line for line in lines) else "unchanged")

@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import yaml
 from rich.console import Console
 from rich.markdown import Markdown
 
-from pipeline.process import DVC, environment
+from pipeline.process import CHECK_PARAMS, DVC, environment
+from pipeline.settings import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 SMOKE = {
     "data": {"sizes": {"train": 96, "unlabelled": 48, "validation": 32, "test": 64}},
     "train": {"steps": 6, "batch_size": 8, "warmup": 2, "eval_every": 6},
@@ -44,8 +43,7 @@ def repro(folder: Path) -> int:
     """`dvc repro`, then the table."""
     if without_git(folder):
         print(NO_GIT)
-    check = [sys.executable, "-c", "from stages.common import run; run(lambda params: None)"]
-    if code := subprocess.run(check, cwd=folder).returncode:
+    if code := subprocess.run(CHECK_PARAMS, cwd=folder).returncode:
         return code
     if code := dvc(folder, "repro"):
         return code

@@ -12,12 +12,13 @@ import numpy as np
 
 from calora.artifacts import write_text
 from pipeline.compare import files_of
-from pipeline.sweep import name_of, sweep
+from pipeline.settings import KEYS
+from pipeline.sweep import sweep
 from stages import plots
 from stages.tables import Table, interval
 
-SWITCHES = {"inherit": "inherit.lora", "recover": "inherit.bypass", "distil": "distill.teacher"}
-METHOD, BASELINE = "clm_calora", "clm_lora"
+SWITCHES = {name: KEYS[name] for name in ("inherit", "recover", "distil")}
+METHOD = "clm_calora"
 
 
 def ablation(root: Path, task: str, recipe: str, seeds: Sequence[int]) -> Path:
@@ -33,10 +34,10 @@ def ablation(root: Path, task: str, recipe: str, seeds: Sequence[int]) -> Path:
         for on in switches
         for seed in seeds
     }
-    sweep(root, "ablation", list(plan.values()))
+    names = sweep(root, "ablation", list(plan.values()))
     hits: dict[tuple[bool, ...], list[list[int]]] = {}
-    for (on, _), cell in plan.items():
-        files = files_of(root, name_of("ablation", cell))
+    for (on, _), name in zip(plan, names, strict=True):
+        files = files_of(root, name)
         answers = json.loads(files(f"models/evaluated/{task}/{recipe}/predictions.json"))
         hits.setdefault(on, []).append([int(hit) for hit in answers[METHOD]["correct"]])
     scores = {on: score_of(np.array(rows)) for on, rows in hits.items()}
@@ -71,8 +72,8 @@ def score_of(hits: np.ndarray[Any, Any], draws: int = 2000) -> tuple[float, list
 def convergence(root: Path, task: str, recipes: Sequence[str], eval_every: int = 10) -> Path:
     """Validation accuracy against step of CA-LoRA and the fresh LoRA; writes results/convergence-<task>.png."""
     cell: Mapping[str, Any] = {"tasks": [task], "recipes": list(recipes), "train.eval_every": eval_every}
-    sweep(root, "convergence", [cell])
-    files = files_of(root, name_of("convergence", cell))
+    (name,) = sweep(root, "convergence", [cell])
+    files = files_of(root, name)
     curves = {recipe: json.loads(files(f"models/evaluated/{task}/{recipe}/curves.json")) for recipe in recipes}
     path = root / f"results/convergence-{task}.png"
     plots.convergences(curves, task).savefig(path, dpi=130)

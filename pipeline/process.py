@@ -9,16 +9,29 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from pipeline import guard
 
 DVC = (sys.executable, "-m", "dvc")
+# Lets the code of a folder check its own params.yaml.
+CHECK_PARAMS = (sys.executable, "-c", "from stages.common import run; run(lambda params: None)")
 
 
 def environment(**more: str) -> dict[str, str]:
     """This process's environment, with this interpreter's programs first on the PATH and without DVC's analytics."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return {**os.environ, "PATH": path, "DVC_NO_ANALYTICS": "1", "PYTHONUNBUFFERED": "1", **more}
+
+
+def guarded(
+    command: Sequence[str], folder: Path, env: Mapping[str, str], output: int | BinaryIO
+) -> subprocess.Popen[str]:
+    """Start a command in a group of its own, under a guard: it ends with this process, even if that is killed."""
+    return subprocess.Popen(
+        [sys.executable, guard.__file__, *command], cwd=folder, env=dict(env), stdin=subprocess.PIPE, stdout=output,
+        stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
+    )  # fmt: skip
 
 
 class Stopped(Exception):
@@ -33,9 +46,7 @@ class Processes:
         self._lock = threading.RLock()  # a signal may call `stop` within `run`
         self._stopped = False
 
-    def run(
-        self, command: Sequence[str], folder: Path, say: Callable[[str], None], env: Mapping[str, str] | None = None
-    ) -> int:
+    def run(self, command: Sequence[str], folder: Path, say: Callable[[str], None]) -> int:
         """Run a command, hand each line of its output to `say`, and return its exit code.
 
         Raises:
@@ -44,10 +55,7 @@ class Processes:
         with self._lock:
             if self._stopped:
                 raise Stopped
-            process = subprocess.Popen(
-                [sys.executable, guard.__file__, *command], cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True, env=dict(env or environment()),
-            )  # fmt: skip
+            process = guarded(command, folder, environment(), subprocess.PIPE)
             self._live.add(process)
         assert process.stdout
         try:

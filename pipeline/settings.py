@@ -2,11 +2,13 @@
 
 # No postponed annotations here: Prefect builds its form from the types themselves.
 import io
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 from pydantic.json_schema import SkipJsonSchema
 
 from calora.errors import CaloraError
@@ -46,11 +48,28 @@ class Settings(BaseModel):
     other: dict[str, Any] = Field({}, description='Any other key of params.yaml, such as {"train.lr": 0.002}.')
 
 
+PREFECT = {  # its state inside the project, nothing sent home
+    "PREFECT_HOME": str(ROOT / ".prefect"), "DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+}  # fmt: skip
 KEYS = {
     "tasks": "tasks", "recipes": "recipes", "alpha": "distill.alpha", "rank": "inherit.rank", "lora_rank": "teacher.rank",
     "activation": "inherit.activation", "steps": "train.steps", "seed": "seed", "inherit": "inherit.lora",
     "recover": "inherit.bypass", "distil": "distill.teacher",
 }  # fmt: skip
+
+
+def checked(values: dict[str, Any], fix: str, names: Mapping[str, str] | None = None) -> Settings:
+    """The fields, checked.
+
+    Raises:
+        CaloraError: a value is impossible; it names the first such field (as `names` calls it), and `fix`.
+    """
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = (names or {}).get(str(first["loc"][0])) or ".".join(str(part) for part in first["loc"])
+        raise CaloraError(where, first["msg"], json.dumps(first["input"]), fix) from None
 
 
 def changes(settings: Settings) -> dict[str, Any]:

@@ -47,8 +47,13 @@ def show_results(root: Path, folder: Path, parent: str, name: str) -> None:
     if url:
         create_link_artifact(f"{url}/{name}/report.html", link_text=f"Report of {name}", key="report")
         for picture in sorted((kept / "plots").glob("*.png")):
-            key = re.sub("[^a-z0-9]+", "-", picture.stem.lower())
-            create_image_artifact(f"{url}/{name}/plots/{picture.name}", key=key, description=picture.stem)
+            address = f"{url}/{name}/plots/{picture.name}"
+            create_image_artifact(address, key=key_of(picture.stem), description=picture.stem)
+
+
+def key_of(name: str) -> str:
+    """A name as the key of an artifact: Prefect takes small letters, digits and dashes."""
+    return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def with_parent(root: Path, parent: str) -> dict[str, Experiment]:

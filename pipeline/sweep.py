@@ -1,6 +1,7 @@
 """Many runs, one after another: those that are experiments already are skipped, so that a stopped sweep goes on."""
 
-# No postponed annotations: this module calls the flow.
+from __future__ import annotations
+
 import hashlib
 import itertools
 import json
@@ -11,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 from tqdm import tqdm
 
 from calora.errors import CaloraError
 from pipeline.checkout import commit_of, experiments
-from pipeline.settings import KEYS, Settings
+from pipeline.settings import KEYS, Settings, checked
 
 LISTS = ("tasks", "recipes")  # each value of a sweep over these is a list of one
 
@@ -50,12 +50,7 @@ def settings_of(cell: Mapping[str, Any]) -> Settings:
         if key in fields
     }
     other = {key: value for key, value in cell.items() if key not in fields}
-    try:
-        return Settings.model_validate({**values, "other": other})
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = str(first["loc"][0])
-        raise CaloraError(KEYS.get(field, field), first["msg"], json.dumps(first["input"]), "mend the sweep") from None
+    return checked({**values, "other": other}, "mend the sweep", KEYS)
 
 
 def name_of(title: str, cell: Mapping[str, Any]) -> str:

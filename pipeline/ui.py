@@ -2,7 +2,6 @@
 
 import functools
 import http.server
-import os
 import signal
 import socket
 import subprocess
@@ -12,12 +11,10 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import BinaryIO
 
 from calora.errors import CaloraError
-from pipeline import guard
-from pipeline.process import end, environment
-from pipeline.settings import ROOT
+from pipeline.process import end, environment, guarded
+from pipeline.settings import PREFECT, ROOT
 from pipeline.show import REPORTS, SERVED
 
 HOST, PATIENCE = "127.0.0.1", 60.0  # seconds until the server has to answer
@@ -26,9 +23,8 @@ HOST, PATIENCE = "127.0.0.1", 60.0  # seconds until the server has to answer
 def settings(port: int) -> dict[str, str]:
     """Prefect's: its state inside the project, nothing sent home."""
     return {
-        "PREFECT_HOME": str(ROOT / ".prefect"), "PREFECT_API_URL": f"http://{HOST}:{port}/api",
-        "PREFECT_SERVER_UI_API_URL": f"http://{HOST}:{port}/api", "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "DO_NOT_TRACK": "1", "PREFECT_CLI_PROMPT": "false", "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+        **PREFECT, "PREFECT_API_URL": f"http://{HOST}:{port}/api", "PREFECT_SERVER_UI_API_URL": f"http://{HOST}:{port}/api",
+        "PREFECT_CLI_PROMPT": "false", "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         SERVED: f"http://{HOST}:{port + 1}",
     }  # fmt: skip
 
@@ -49,10 +45,11 @@ def serve_ui(port: int, runs: int) -> int:
     started: list[subprocess.Popen[str]] = []
     try:
         with log.open("wb") as file:
-            command = ["prefect", "server", "start", "--host", HOST, "--port", str(port)]
-            started.append(start(command, port, file))
+            python, env = [sys.executable, "-m"], environment(**settings(port))
+            server = [*python, "prefect", "server", "start", "--host", HOST, "--port", str(port)]
+            started.append(guarded(server, ROOT, env, file))
             wait_for(f"http://{HOST}:{port}/api/health", started[0], log)
-            started.append(start(["pipeline.serve", str(runs)], port, file))
+            started.append(guarded([*python, "pipeline.serve", str(runs)], ROOT, env, file))
             wait_for(f"http://{HOST}:{port}/api/deployments/name/ca-lora/local", started[1], log)
         serve_reports(port + 1)
         print(
@@ -82,15 +79,6 @@ def check_free(port: int) -> None:
             ) from None
 
 
-def start(module: list[str], port: int, log: BinaryIO) -> "subprocess.Popen[str]":
-    """A module of Python under a guard: it ends with this process, even if that is killed."""
-    command = [sys.executable, guard.__file__, sys.executable, "-m", *module]
-    env = environment(**settings(port))
-    return subprocess.Popen(
-        command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True, text=True
-    )
-
-
 def wait_for(url: str, process: "subprocess.Popen[str]", log: Path) -> None:
     """Wait until a page answers."""
     deadline = time.monotonic() + PATIENCE
@@ -117,15 +105,3 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         """Nothing."""
-
-
-def end_with_parent() -> None:
-    """Terminate this process once the one that started it is gone."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True).start()

@@ -7,6 +7,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+BYTES = "MB on disk (base and adapter)"
 BLACK = "#010101"  # told apart from SVG's default, which nobody writes
 # In the table's order: label, colour and marker.
 METHODS = {
@@ -29,6 +30,21 @@ def blank(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def legend_once(axes: Axes) -> None:
+    """A legend with one entry for each label, however many points have it."""
+    handles, labels = axes.get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))
+    axes.legend(once.values(), once.keys(), fontsize=8, loc="lower right")
+
+
+def curve(axes: Axes, method: str, scores: list[dict[str, float]], **look: Any) -> None:
+    """The validation accuracy of one method against step."""
+    label, colour, marker = METHODS[method]
+    axes.plot(
+        [s["step"] for s in scores], [s["score"] for s in scores], marker=marker, label=label, color=colour, **look
+    )
+
+
 def recipes_against_bytes(found: dict[str, Any], task: str) -> Figure:
     """Each recipe an arrow: from the inherited LoRA to CA-LoRA, megabytes on disk against accuracy."""
     figure, axes = blank(7.5, 4.6)
@@ -49,11 +65,9 @@ def recipes_against_bytes(found: dict[str, Any], task: str) -> Figure:
             label, colour, marker = METHODS[method]
             axes.plot(*place, marker, ms=9, color=colour, label=label)
         axes.annotate(recipe, after, xytext=(0, 8), textcoords="offset points", ha="center", fontsize=8)
-    handles, labels = axes.get_legend_handles_labels()
-    once = dict(zip(labels, handles, strict=True))
-    axes.set(xlabel="MB on disk (base and adapter)", ylabel="test accuracy", title=f"{task}: before and after CA-LoRA")
+    axes.set(xlabel=BYTES, ylabel="test accuracy", title=f"{task}: before and after CA-LoRA")
     axes.margins(y=0.12)
-    axes.legend(once.values(), once.keys(), fontsize=8, loc="lower right")
+    legend_once(axes)
     return figure
 
 
@@ -72,10 +86,8 @@ def front(found: dict[str, Any], task: str) -> Figure:
         if not best or accuracy > best[-1][1]:
             best.append((size, accuracy))
     axes.plot(*zip(*best, strict=True), drawstyle="steps-post", color="#999999", lw=1, zorder=0)
-    handles, labels = axes.get_legend_handles_labels()
-    once = dict(zip(labels, handles, strict=True))
-    axes.set(xlabel="MB on disk (base and adapter)", ylabel="test accuracy", title=f"{task}: all methods")
-    axes.legend(once.values(), once.keys(), fontsize=8, loc="lower right")
+    axes.set(xlabel=BYTES, ylabel="test accuracy", title=f"{task}: all methods")
+    legend_once(axes)
     return figure
 
 
@@ -107,7 +119,7 @@ def accuracy_against_bytes(metrics: dict[str, Any], title: str) -> Figure:
             size, accuracy = m["bytes_on_disk"] / 1e6, m["accuracy"]
             error = [[accuracy - m["ci"][0]], [m["ci"][1] - accuracy]]
             axes.errorbar(size, accuracy, error, fmt=marker, ms=9, capsize=3, label=label, color=colour)
-    axes.set(xlabel="MB on disk (base and adapter)", ylabel="test accuracy", title=title)
+    axes.set(xlabel=BYTES, ylabel="test accuracy", title=title)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
@@ -116,9 +128,7 @@ def convergence(curves: dict[str, Any], title: str) -> Figure:
     """Validation accuracy against step, CA-LoRA and the fresh LoRAs."""
     figure, axes = blank(7, 4.2)
     for method, scores in curves.items():
-        steps, accuracies = [s["step"] for s in scores], [s["score"] for s in scores]
-        label, colour, marker = METHODS[method]
-        axes.plot(steps, accuracies, marker=marker, ms=9, label=label, color=colour)
+        curve(axes, method, scores, ms=9)
     axes.set(xlabel="step", ylabel="validation accuracy", title=title)
     axes.legend(fontsize=8)
     return figure
@@ -130,11 +140,7 @@ def convergences(curves: dict[str, Any], task: str) -> Figure:
     panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
     for axes, (recipe, methods) in zip(panels, curves.items(), strict=True):
         for method in ("clm_calora", "clm_lora"):
-            label, colour, marker = METHODS[method]
-            points = methods[method]
-            axes.plot(
-                [p["step"] for p in points], [p["score"] for p in points], marker=marker, label=label, color=colour
-            )
+            curve(axes, method, methods[method])
         axes.set(title=recipe, xlabel="step")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel(f"{task}: validation accuracy")

@@ -21,13 +21,17 @@ class Table:
     rows: list[list[str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def markdown(self) -> str:
-        """As Markdown."""
+    def grid(self) -> str:
+        """The cells as Markdown."""
         marks = ["---" if i in self.texts else "---:" for i in range(len(self.header))]
         lines = [f"| {' | '.join(row)} |" for row in (self.header, *self.rows)]
         lines.insert(1, f"|{'|'.join(marks)}|")
+        return "\n".join(lines)
+
+    def markdown(self) -> str:
+        """Title, cells and notes as Markdown."""
         notes = ["", *self.notes] if self.notes else []
-        return "\n".join([f"### {self.title}", "", *lines, *notes])
+        return "\n".join([f"### {self.title}", "", self.grid(), *notes])
 
 
 def interval(ci: list[float], sign: str = "") -> str:

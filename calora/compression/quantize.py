@@ -138,6 +138,7 @@ def _embeddings(model: PreTrainedModel) -> dict[str, nn.Module]:
             codes, scale = (packed_table.weight, packed_table.weight_scale) if tied else nearest_rows(module.weight)
             bias = {} if module.bias is None else {"bias": module.bias.detach()}
             packed_head.restore({"weight": codes, "weight_scale": scale, **bias})
-            packed_head.weight = packed_table.weight if tied else packed_head.weight  # one parameter, also when moved
+            if tied:
+                packed_head.weight = packed_table.weight  # one parameter, also when moved
             packed[name] = packed_head
     return packed
