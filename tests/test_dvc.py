@@ -32,6 +32,11 @@ def dvc(folder: Path, *arguments: str) -> str:
     return result.stdout
 
 
+def heeds_interrupts() -> None:
+    """In the background shells let their commands ignore Ctrl-C, and so their commands' children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def ran(output: str) -> set[str]:
     return set(re.findall(r"Running stage '(.+)'", output))
 
@@ -101,7 +106,7 @@ def test_a_killed_training_resumes_to_the_same_adapter(project, tmp_path, stage,
     command = [sys.executable, "-m", f"stages.{stage[0]}", *stage[1:]]
     adapter = folder / made
     shutil.rmtree(adapter.parent)
-    process = subprocess.Popen(command, cwd=folder, env=ENV, start_new_session=True)
+    process = subprocess.Popen(command, cwd=folder, env=ENV, start_new_session=True, preexec_fn=heeds_interrupts)
     saved = folder / "checkpoints" / adapter.parent.relative_to(folder) / "checkpoint.safetensors"
     deadline = time.monotonic() + 120
     while not saved.exists() and time.monotonic() < deadline:
