@@ -14,6 +14,7 @@ setup: $(BIN)/.done  ## make .venv with every package at its exact version
 $(BIN)/.done: requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv || python3 -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pipeline.offline
 	touch $@
 
 run: setup  ## the pipeline (dvc repro), then the table of methods

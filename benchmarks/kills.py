@@ -1,7 +1,7 @@
 """Kill runs at random moments: each time every process ends, and the same run started again ends right.
 
-`python -m benchmarks.kills [rounds] [seed]`: a toy project in a temporary folder; victims are the flow, DVC, a stage, a guard, and
-Prefect's server (here the temporary one that a run without `make ui` starts). All of them are killed with SIGKILL.
+`python -m benchmarks.kills [rounds] [seed]`: a toy project in a temporary folder, with stages that take a minute when they are started first;
+victims are the flow, DVC, a stage and the server of Prefect. All of them are killed with SIGKILL.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,61 +17,22 @@ from pathlib import Path
 
 from pipeline.checkout import commit_of, experiments, git
 from pipeline.compare import files_of
-from pipeline.process import environment
-from tests.toyproject import left, make_toy
+from tests.toyproject import left, make_toy, processes, start_run
 
-VICTIMS = {"flow": "flow.ca_lora", "dvc": "-m dvc repro", "stage": "stages/", "guard": "guard.py", "server": "uvicorn"}
-RUN = """
-from pathlib import Path
-from pipeline import flow
-from pipeline.settings import Settings
-flow.ROOT, flow.show_results = Path({root!r}), lambda *_: None
-state = flow.ca_lora(name={name!r}, settings=Settings(other={{"number": {number}}}), return_state=True)
-raise SystemExit(0 if state.is_completed() else 1)
-"""
-
-
-def processes(root: Path) -> dict[int, str]:
-    """Command lines of the processes that this project's runs started, by process id."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            try:
-                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                ours = (
-                    os.readlink(entry / "cwd").startswith(str(root))
-                    or f"KILLED_RUN={root}".encode() in (entry / "environ").read_bytes()
-                )
-            except OSError:
-                continue
-            if ours and line:
-                found[int(entry.name)] = line
-    return found
-
-
-def start(root: Path, name: str, number: int) -> subprocess.Popen[bytes]:
-    """A run in a process of its own."""
-    code = RUN.format(root=str(root), name=name, number=number)
-    env = environment(
-        KILLED_RUN=str(root), PREFECT_HOME=str(root / ".prefect"), DO_NOT_TRACK="1", PREFECT_LOGGING_LEVEL="ERROR"
-    )
-    return subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+VICTIMS = {"flow": "flow.ca_lora", "dvc": "-m dvc repro", "stage": "stages/", "server": "prefect server"}
 
 
 def round_of(root: Path, number: int, dice: random.Random) -> str:
     """One kill, and the same run again; what happened, in a line. Raises AssertionError where anything is left or wrong."""
+    other = {"number": number, "how": "slowly"}
     kind, delay = dice.choice(list(VICTIMS)), dice.uniform(0.5, 14)
-    process = start(root, f"run{number}", number)
+    process = start_run(root, f"run{number}", other)
     deadline = time.monotonic() + delay
     while time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)
     victims = []
     while not victims and process.poll() is None and time.monotonic() < deadline + 10:
-        victims = [
-            pid
-            for pid, line in processes(root).items()
-            if VICTIMS[kind] in line and (kind == "guard" or "guard.py" not in line)
-        ]
+        victims = [pid for pid, line in processes(root).items() if VICTIMS[kind] in line and "guard.py" not in line]
         time.sleep(0.02)
     for pid in victims[:1]:
         os.kill(pid, signal.SIGKILL)
@@ -82,7 +42,7 @@ def round_of(root: Path, number: int, dice: random.Random) -> str:
         time.sleep(0.1)
     took = time.monotonic() - began
     assert not processes(root), processes(root)
-    again = start(root, f"run{number}", number).wait(180)
+    again = start_run(root, f"run{number}", other).wait(180)
     assert again == 0, f"run{number} after {kind} at {delay:.1f} s: exit code {again}"
     name = list(experiments(root, commit_of(root, "HEAD")))[-1]
     squares = json.loads(files_of(root, name)("results/summary.json"))["toy"]

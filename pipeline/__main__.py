@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +11,8 @@ import yaml
 
 from calora.errors import CaloraError
 from pipeline import local
-from pipeline.settings import PREFECT, ROOT, Settings, checked
+from pipeline.server import alone
+from pipeline.settings import ROOT, Settings, checked
 
 
 def main(arguments: list[str]) -> int:
@@ -59,12 +59,12 @@ def run(command: argparse.ArgumentParser) -> Act:
 
     def act(chosen: argparse.Namespace) -> int:
         settings = settings_of(chosen)
-        alone()
-        from pipeline.flow import ca_lora
-
         changed = "take along" if chosen.take_along else "refuse"
-        state = ca_lora(chosen.name, settings, chosen.commit, changed, chosen.only, chosen.share, return_state=True)
-        return 0 if state.is_completed() else 1
+        with alone():
+            from pipeline.flow import ca_lora
+
+            state = ca_lora(chosen.name, settings, chosen.commit, changed, chosen.only, chosen.share, return_state=True)
+            return 0 if state.is_completed() else 1
 
     return act
 
@@ -103,11 +103,12 @@ def sweep(command: argparse.ArgumentParser) -> Act:
     command.add_argument("--name", default="sweep", help="first part of the experiments' names (sweep)")
 
     def act(chosen: argparse.Namespace) -> None:
-        alone()
         from pipeline.compare import compare
         from pipeline.sweep import cells, sweep
 
-        compare(ROOT, sweep(ROOT, chosen.name, cells(chosen.values)))
+        with alone():
+            names = sweep(ROOT, chosen.name, cells(chosen.values))
+        compare(ROOT, names)
 
     return act
 
@@ -119,10 +120,11 @@ def ablation(command: argparse.ArgumentParser) -> Act:
     command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
 
     def act(chosen: argparse.Namespace) -> None:
-        alone()
         from pipeline.paper import ablation
 
-        print(ablation(ROOT, chosen.task, chosen.recipe, chosen.seeds).read_text(encoding="utf-8"))
+        with alone():
+            table = ablation(ROOT, chosen.task, chosen.recipe, chosen.seeds)
+        print(table.read_text(encoding="utf-8"))
 
     return act
 
@@ -133,10 +135,10 @@ def convergence(command: argparse.ArgumentParser) -> Act:
     command.add_argument("--recipes", nargs="+", default=["q8", "up", "m", "q8_up"])
 
     def act(chosen: argparse.Namespace) -> None:
-        alone()
         from pipeline.paper import convergence
 
-        print(convergence(ROOT, chosen.task, chosen.recipes))
+        with alone():
+            print(convergence(ROOT, chosen.task, chosen.recipes))
 
     return act
 
@@ -145,12 +147,6 @@ COMMANDS = {
     "repro": repro, "smoke": smoke, "run": run, "ui": ui, "compare": compare, "sweep": sweep, "ablation": ablation,
     "convergence": convergence,
 }  # fmt: skip
-
-
-def alone() -> None:
-    """Let Prefect work without a server, its state inside the project, unless PREFECT_API_URL names one."""
-    for key, value in PREFECT.items():
-        os.environ.setdefault(key, value)
 
 
 def add_settings(command: argparse.ArgumentParser) -> None:

@@ -63,7 +63,7 @@ def dvc_stage(stage: str, folder: Path, known: bool, processes: Processes, shari
         log.info(line)
         bar.see(line)
 
-    what = run_stage(stage, folder, processes, say, pull=bool(sharing.remote)).what
+    what = run_stage(stage, folder, processes, say, pull=bool(sharing.remote))
     if what == "ran":
         sharing.push_stage(stage)
     return Completed(name=WORDS[what], message=what)
@@ -153,7 +153,7 @@ def ca_lora(
             sharing = Sharing(share, folder, processes, log.info)
             sharing.fetch()
             graph = with_needed(stages(folder), only)
-            states = run_all(graph, unchanged(folder, graph), folder, processes, sharing)
+            states = run_all(graph, unchanged(folder, graph, processes), folder, processes, sharing)
             failed = [stage for stage, state in states.items() if state.name not in ("Completed", "Cached")]
             if failed:
                 raise StageFailed("; ".join(f"{stage}: {states[stage].name}" for stage in failed))

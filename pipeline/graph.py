@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from calora.errors import CaloraError
-from pipeline.process import DVC, Processes, environment
+from pipeline.process import DVC, Processes
 
 HINTS = (  # of DVC, for somebody at a terminal
     "To track the changes", "git add ", "To enable auto staging", "dvc config core.autostage", "Use `dvc push`", "Updating lock file",
@@ -64,18 +62,16 @@ def with_needed(graph: Mapping[str, list[str]], wanted: list[str]) -> dict[str, 
     return {stage: needs for stage, needs in graph.items() if stage in needed}
 
 
-def unchanged(folder: Path, graph: Mapping[str, list[str]]) -> set[str]:
+def unchanged(folder: Path, graph: Mapping[str, list[str]], processes: Processes) -> set[str]:
     """The stages whose outputs are there and whose inputs are as they were, down to the first that has something to do."""
-    subprocess.run([*DVC, "checkout", "--quiet", "--allow-missing"], cwd=folder, env=environment(), capture_output=True)
-    done = subprocess.run([*DVC, "status", "--json"], cwd=folder, env=environment(), capture_output=True, text=True)
-    if done.returncode:
-        raise CaloraError(
-            "dvc status",
-            "the state of the stages",
-            done.stderr.strip().splitlines()[-1],
-            "mend dvc.yaml or params.yaml",
-        )
-    changed = set(json.loads(done.stdout))
+    lines: list[str] = []
+    processes.run([*DVC, "checkout", "--quiet", "--allow-missing"], folder, lambda _: None)
+    failed = processes.run([*DVC, "status", "--json"], folder, lines.append)
+    told = next((line for line in lines if line.startswith("{")), None)
+    if failed or told is None:
+        found = (lines or ["no output"])[-1]
+        raise CaloraError("dvc status", "the state of the stages", found, "mend dvc.yaml or params.yaml")
+    changed = set(json.loads(told))
     same: set[str] = set()
     for stage, needs in graph.items():
         if stage not in changed and all(needed in same for needed in needs):
@@ -83,18 +79,11 @@ def unchanged(folder: Path, graph: Mapping[str, list[str]]) -> set[str]:
     return same
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a stage: `ran`, `restored` (from the cache of earlier runs) or `unchanged`."""
-
-    stage: str
-    what: str
-
-
-def run_stage(
-    stage: str, folder: Path, processes: Processes, say: Callable[[str], None], pull: bool = False
-) -> Outcome:
+def run_stage(stage: str, folder: Path, processes: Processes, say: Callable[[str], None], pull: bool = False) -> str:
     """`dvc repro --single-item`, its output line by line to `say`; `pull` takes what the remote has already.
+
+    Returns:
+        What became of it: `ran`, `restored` (from the cache of earlier runs) or `unchanged`.
 
     Raises:
         LockBusy, StageFailed: it failed.
@@ -114,5 +103,5 @@ def run_stage(
         kind = LockBusy if any(words in line for line in lines for words in BUSY) else StageFailed
         raise kind(f"{stage}: {said or (lines or ['no output'])[-1]}")
     if any(line.startswith("Running stage") for line in lines):
-        return Outcome(stage, "ran")
-    return Outcome(stage, "restored" if any("is cached - skipping run" in line for line in lines) else "unchanged")
+        return "ran"
+    return "restored" if any("is cached - skipping run" in line for line in lines) else "unchanged"

@@ -1,4 +1,4 @@
-"""Run a command in this process group, and take the whole group down once whoever started this is gone.
+"""Run a command in this process group, and take the whole group down once the command, or whoever started this, is gone.
 
 `python guard.py COMMAND ...` with a pipe as standard input: the pipe closes when its other end exits, however it does.
 A file of its own, without imports from the project: it runs by its path, in whatever checkout the command works.
@@ -31,6 +31,8 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the group gets it too, and this process has to outlive the child
     threading.Thread(target=follow, args=(child,), daemon=True).start()
     code = child.wait()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.killpg(0, signal.SIGTERM)  # a command that was killed leaves its own children behind
     return code if code >= 0 else 128 - code
 
 

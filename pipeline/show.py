@@ -19,6 +19,7 @@ from calora.artifacts import write_text
 from calora.errors import CaloraError
 from pipeline.compare import WORKSPACE, differing, read_experiment
 from pipeline.page import Experiment, page
+from stages import plots
 
 REPORTS = Path(".cache/reports")
 SERVED = "CALORA_REPORTS_URL"  # where `make ui` serves that folder
@@ -40,6 +41,9 @@ def show_results(root: Path, folder: Path, parent: str, name: str) -> None:
     kept = root / REPORTS / name
     shutil.rmtree(kept, ignore_errors=True)
     shutil.copytree(results / "plots", kept / "plots")
+    for curves in sorted(results.glob("*/*/curves")):
+        task, recipe = curves.parts[-3:-1]
+        plots.losses(loss_parts(curves), f"{task}, {recipe}").savefig(kept / f"plots/{task}-{recipe}-loss.png", dpi=130)
     write_text(
         kept / "report.html", page(differing(with_parent(root, parent) | {name: read_experiment(folder, WORKSPACE)}))
     )
@@ -49,6 +53,15 @@ def show_results(root: Path, folder: Path, parent: str, name: str) -> None:
         for picture in sorted((kept / "plots").glob("*.png")):
             address = f"{url}/{name}/plots/{picture.name}"
             create_image_artifact(address, key=key_of(picture.stem), description=picture.stem)
+
+
+def loss_parts(curves: Path) -> dict[str, list[tuple[int, float]]]:
+    """Part of the loss -> (step, value), of the tables that `distill` writes."""
+    tables = {file.stem: file.read_text(encoding="utf-8").splitlines()[1:] for file in curves.glob("train/*.tsv")}
+    return {
+        part: [(int(step), float(value)) for step, value in (line.split("\t") for line in lines)]
+        for part, lines in tables.items()
+    }
 
 
 def key_of(name: str) -> str:

@@ -134,6 +134,18 @@ def convergence(curves: dict[str, Any], title: str) -> Figure:
     return figure
 
 
+def losses(parts: dict[str, list[tuple[int, float]]], title: str) -> Figure:
+    """The loss of CA-LoRA and its parts against step, a panel each: part -> (step, value)."""
+    figure = Figure(figsize=(2.8 * len(parts), 2.8), layout="constrained")
+    panels = figure.subplots(1, len(parts), squeeze=False)[0]
+    for axes, (part, points) in zip(panels, sorted(parts.items()), strict=True):
+        axes.plot(*zip(*points, strict=True), color=METHODS["clm_calora"][1], lw=1)
+        axes.set(title=part, xlabel="step")
+        axes.grid(alpha=0.3)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
 def convergences(curves: dict[str, Any], task: str) -> Figure:
     """Validation accuracy against step, a panel for each recipe."""
     figure = Figure(figsize=(3.2 * len(curves), 3.4), layout="constrained")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,15 +16,15 @@ os.environ.update(DO_NOT_TRACK="1", PREFECT_SERVER_ANALYTICS_ENABLED="false", PR
 
 from calora.errors import CaloraError
 from pipeline import flow as flows
-from pipeline import guard
+from pipeline import guard, offline
 from pipeline.__main__ import main
 from pipeline.checkout import checkout, commit_of, experiments, git, resumable, sweep, uncommitted
 from pipeline.compare import files_of, flat
 from pipeline.graph import StageFailed, run_stage, stages, unchanged, with_needed
-from pipeline.process import Processes, Stopped, environment
-from pipeline.settings import RECIPES, Settings, changes, write_params
+from pipeline.process import Processes, Stopped
+from pipeline.settings import RECIPES, ROOT, Settings, changes, write_params
 from pipeline.sweep import cells, name_of
-from tests.toyproject import FILES, left, make_toy
+from tests.toyproject import FILES, left, make_toy, processes, start_run
 
 
 @pytest.fixture
@@ -199,9 +200,9 @@ def test_stages_come_from_dvc_in_order(project):
     assert list(with_needed(graph, ["square"])) == ["number", "square@a", "square@b"]
     with pytest.raises(CaloraError, match="cube"):
         with_needed(graph, ["cube"])
-    assert unchanged(project, graph) == set()
-    assert run_stage("number", project, Processes(), lambda _: None).what == "ran"
-    assert unchanged(project, graph) == {"number"}
+    assert unchanged(project, graph, Processes()) == set()
+    assert run_stage("number", project, Processes(), lambda _: None) == "ran"
+    assert unchanged(project, graph, Processes()) == {"number"}
 
 
 @pytest.fixture(scope="module")
@@ -239,8 +240,8 @@ def test_a_failed_stage_fails_the_run_and_leaves_other_branches_going(project, p
         state.result()
     with checkout(project, commit_of(project, "HEAD"), False) as folder:
         write_params(folder, {"how": "badly"})
-        assert run_stage("number", folder, Processes(), lambda _: None).what == "restored"
-        assert run_stage("square@b", folder, Processes(), lambda _: None).what == "restored"
+        assert run_stage("number", folder, Processes(), lambda _: None) == "restored"
+        assert run_stage("square@b", folder, Processes(), lambda _: None) == "restored"
     assert left(project) == [] and experiments(project) == {}
 
 
@@ -254,23 +255,49 @@ def test_uncommitted_changes_are_refused_or_taken_along(project, prefect_api):
 
 
 def test_a_cancelled_run_is_gone_in_time_and_started_again_goes_on(project, prefect_api):
-    code = (
-        "from pathlib import Path; from pipeline import flow; from pipeline.settings import Settings\n"
-        f"flow.ROOT = Path({str(project)!r})\n"
-        "flow.ca_lora(name='slow', settings=Settings(other={'how': 'slowly'}))"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], env=environment(), start_new_session=True)
-    deadline = time.monotonic() + 60
+    process = start_run(project, "slow", {"how": "slowly"})
+    deadline = time.monotonic() + 90
     while not list((project / ".cache/unfinished").glob("*/half")) and time.monotonic() < deadline:
         time.sleep(0.1)
+    assert any("prefect server" in line for line in processes(project).values())  # the last check looks for something
     start = time.monotonic()
     process.send_signal(signal.SIGTERM)
     process.wait(20)
-    assert time.monotonic() - start < 10
-    pids = subprocess.run(["pgrep", "-f", "stages/square.py"], capture_output=True, text=True).stdout.split()
-    assert not [pid for pid in pids if str(project) in os.readlink(f"/proc/{pid}/cwd")]
+    while processes(project) and time.monotonic() < start + 20:
+        time.sleep(0.1)
+    assert time.monotonic() - start < 10, processes(project)
     state = run(name="slow", settings=Settings(other={"how": "slowly"}))
     assert state.is_completed() and left(project) == []
+
+
+def test_the_api_starts_a_run_and_refuses_impossible_values_by_name(project, prefect_api):
+    import httpx
+    from prefect.settings import PREFECT_API_URL
+
+    deployment = flows.ca_lora.to_deployment("local").apply()
+    start = f"{PREFECT_API_URL.value()}/deployments/{deployment}/create_flow_run"
+    for settings, named in (({"alpha": -1}, "alpha"), ({"recipes": ["q9"]}, "recipes"), ({"speed": 1}, "speed")):
+        refused = httpx.post(start, json={"parameters": {"settings": settings}})
+        assert refused.status_code == 409 and named in refused.text
+    taken = httpx.post(start, json={"parameters": {"name": "alpha01", "settings": {"alpha": 0.1}}})
+    assert taken.status_code == 201 and taken.json()["parameters"]["settings"] == {"alpha": 0.1}
+
+
+def test_the_docs_call_of_the_api_is_this_deployment():
+    text = (ROOT / "docs/runs.md").read_text(encoding="utf-8")
+    assert "/api/deployments/name/ca-lora/local" in text and "/create_flow_run" in text
+    body = json.loads(re.search(r"-d '(\{.*\})'", text)[1])
+    assert Settings.model_validate(body["parameters"].pop("settings"))
+    assert body["parameters"].keys() <= flows.ca_lora.parameters.model_dump()["properties"].keys()
+
+
+def test_dvc_plots_need_no_network(project):
+    offline.main(project)
+    (project / "loss.json").write_text(json.dumps([{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]))
+    shown = [sys.executable, "-m", "dvc", "plots", "show", "-x", "step", "-y", "loss", "loss.json"]
+    subprocess.run(shown, cwd=project, check=True, capture_output=True)
+    page = (project / "dvc_plots/index.html").read_text(encoding="utf-8")
+    assert "vegaEmbed(" in page and not re.findall(r"<(?:script|link|img)[^>]*(?:src|href)=.?http", page)
 
 
 # Sweeps and comparisons

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from pipeline.checkout import git
 from pipeline.process import environment
@@ -82,3 +84,38 @@ def left(folder: Path) -> list[str]:
     """What runs left behind."""
     worktrees = git(folder, "worktree", "list").strip().splitlines()[1:]
     return worktrees + [str(path) for path in (folder / ".cache/runs").glob("*")]
+
+
+RUN = """
+from pathlib import Path
+from pipeline.server import alone
+with alone():
+    from pipeline import flow
+    from pipeline.settings import Settings
+    flow.ROOT, flow.show_results = Path({root!r}), lambda *_: None
+    state = flow.ca_lora(name={name!r}, settings=Settings(other={other!r}), return_state=True)
+raise SystemExit(0 if state.is_completed() else 1)
+"""
+
+
+def start_run(root: Path, name: str, other: dict[str, Any]) -> subprocess.Popen[bytes]:
+    """A run in a process of its own, as `python -m pipeline run` does it."""
+    code = RUN.format(root=str(root), name=name, other=other)
+    env = environment(TOY_RUN=str(root), PREFECT_HOME=str(root / ".prefect"), PREFECT_LOGGING_LEVEL="ERROR")
+    env.pop("PREFECT_API_URL", None)
+    return subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def processes(root: Path) -> dict[int, str]:
+    """Command lines of the processes that this project's runs started, by process id."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                ours = f"TOY_RUN={root}".encode() in (entry / "environ").read_bytes()
+            except OSError:
+                continue
+            if ours and line:
+                found[int(entry.name)] = line
+    return found

@@ -1,0 +1,37 @@
+"""`dvc plots` without a network: `python -m pipeline.offline` (part of `make setup`) makes a template with Vega inside it.
+
+DVC's own page loads Vega from the web. Nothing is changed where `plots.html_template` is set already.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import vl_convert
+
+from calora.artifacts import write_text
+from pipeline.process import DVC, environment
+from pipeline.settings import ROOT
+
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>DVC plots</title>{refresh_tag}
+<style>body { font-family: sans-serif } img { max-width: 48em } table { border-spacing: 15px }</style>
+<script>%s</script></head>
+<body>{plot_divs}</body></html>
+"""
+TEMPLATE = Path(".cache/plots.html")
+
+
+def main(root: Path) -> None:
+    """Write the template, and name it in .dvc/config.local."""
+    config = [*DVC, "config", "--local"]
+    known = subprocess.run([*DVC, "config", "plots.html_template"], cwd=root, env=environment(), capture_output=True)
+    if known.stdout.strip() not in (b"", f"../{TEMPLATE}".encode()):
+        return
+    write_text(root / TEMPLATE, PAGE % vl_convert.javascript_bundle())
+    subprocess.run([*config, "plots.html_template", f"../{TEMPLATE}"], cwd=root, env=environment(), check=True)
+
+
+if __name__ == "__main__":
+    main(ROOT)

@@ -1,0 +1,93 @@
+"""Prefect's server, on this machine only: for the UI, or for as long as one command works."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from calora.errors import CaloraError
+from pipeline.process import end, environment, guarded
+from pipeline.settings import PREFECT, ROOT
+
+HOST, PATIENCE = "127.0.0.1", 60.0  # seconds until the server has to answer
+LOG = ROOT / ".prefect/server.log"
+
+
+def settings(port: int) -> dict[str, str]:
+    """Prefect's: its state inside the project, nothing sent home."""
+    return {
+        **{key: os.environ.get(key, value) for key, value in PREFECT.items()}, "PREFECT_API_URL": f"http://{HOST}:{port}/api", "PREFECT_SERVER_UI_API_URL": f"http://{HOST}:{port}/api",
+        "PREFECT_CLI_PROMPT": "false", "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+    }  # fmt: skip
+
+
+@contextmanager
+def server(port: int, *options: str, **more: str) -> Iterator[subprocess.Popen[str]]:
+    """A server that answers, until the end of the block or of this process, however that comes."""
+    command = ["prefect", "server", "start", "--host", HOST, "--port", str(port), *options]
+    with started(command, f"http://{HOST}:{port}/api/health", **settings(port), **more) as process:
+        yield process
+
+
+@contextmanager
+def started(module: list[str], url: str, **settings: str) -> Iterator[subprocess.Popen[str]]:
+    """`python -m ...` in the background, once `url` answers."""
+    LOG.parent.mkdir(exist_ok=True)
+    with LOG.open("ab") as log:
+        process = guarded([sys.executable, "-m", *module], ROOT, environment(**settings), log)
+    try:
+        wait_for(url, process, LOG)
+        yield process
+    finally:
+        end(process)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Prefect without `make ui`: a server for this command alone, unless PREFECT_API_URL names one.
+
+    Prefect would start one by itself, which then outlives a killed command.
+    """
+    os.environ.update({key: value for key, value in PREFECT.items() if key not in os.environ})
+    if "PREFECT_API_URL" in os.environ:
+        yield
+        return
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port = probe.getsockname()[1]
+    with server(port, "--no-ui", "--no-services"):
+        os.environ["PREFECT_API_URL"] = settings(port)["PREFECT_API_URL"]
+        yield
+
+
+def check_free(port: int) -> None:
+    """Raise unless a port of this machine is free."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            raise CaloraError(
+                f"port {port}", "a free port", "one that is taken", "stop what listens there, or `make ui PORT=4300`"
+            ) from None
+
+
+def wait_for(url: str, process: subprocess.Popen[str], log: Path) -> None:
+    """Wait until a page answers."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            with urllib.request.urlopen(url, timeout=2):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    found = "no answer" if process.poll() is None else f"exit code {process.poll()}"
+    raise CaloraError(url, f"an answer within {PATIENCE:.0f} s", found, f"read {log}")
