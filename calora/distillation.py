@@ -15,6 +15,7 @@ from calora.adapters import Adapter, attach_adapter, inject, lora_state, set_act
 from calora.batching import epoch_batches
 from calora.errors import CaloraError
 from calora.models import Batch, Output, family_of
+from calora.parallel import place, share
 from calora.targets import Target, Targets
 from calora.tasks import Example
 from calora.training import Checkpoint, History, Losses, Schedule, train
@@ -120,11 +121,12 @@ def finetune(
     """
     torch.manual_seed(seed)
     inject(model, config)
+    place(model)
     family = family_of(model)
     batches = epoch_batches([e.tokens for e in examples], batch_size, schedule.steps, seed)
 
     def loss_of_step(step: int) -> tuple[Losses, int]:
-        chosen = [examples[i] for i in batches[step]]
+        chosen = [examples[i] for i in share(batches[step])]
         batch = family.collate(chosen, model)
         return {"loss": task_loss(family.forward(model, batch, None), batch)}, sum(e.tokens for e in chosen)
 
@@ -161,6 +163,7 @@ def distill(
     """
     attach_adapter(model, adapter, name)
     set_active(model, name)
+    place(model)
     family = family_of(model)
     every = weights.unlabelled_every if unlabelled else 0
     pools = [p for p in (labelled, unlabelled) if p is not None]
@@ -173,11 +176,11 @@ def distill(
     def loss_of_step(step: int) -> tuple[Losses, int]:
         pool = 1 if every and step % every == every - 1 else 0
         turn = step // every if pool else step - (step // every if every else 0)
-        indices = plans[pool][turn]
+        indices = share(plans[pool][turn])
         chosen = [texts[pool][i] for i in indices]
         batch = family.collate(chosen, model)
         output = family.forward(model, batch, None)
-        target = pools[pool][1].read(indices)
+        target = pools[pool][1].read(indices, model.device)
         return distillation_loss(output, batch, target, weights, pool == 0), sum(e.tokens for e in chosen)
 
     history = train(trainable(model), loss_of_step, score, schedule, model.dtype, checkpoint, title)

@@ -40,7 +40,7 @@ def predict(
     answers, labels = [""] * len(examples), [-1] * len(examples)
     scored_ids = None
     if task.scored and not isinstance(family, Classifier):
-        scored_ids = torch.tensor(task.answer_token_ids(tokenizer))
+        scored_ids = torch.tensor(task.answer_token_ids(tokenizer), device=model.device)
     batches = length_batches([len(e.prompt_ids) for e in examples], batch_size)
     with torch.no_grad():
         for indices in progress(batches, title, "batches"):

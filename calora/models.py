@@ -33,6 +33,12 @@ class Batch:
     labels: Tensor  # [P] token ids, IGNORE where the answer is not known
     masks: dict[str, Tensor]  # stack -> [B, T], True at real tokens
 
+    def to(self, device: torch.device) -> Batch:
+        """The same on another device."""
+        rows, columns = self.positions
+        inputs, masks = ({k: v.to(device) for k, v in each.items()} for each in (self.inputs, self.masks))
+        return Batch(inputs, (rows.to(device), columns.to(device)), self.labels.to(device), masks)
+
 
 @dataclass(frozen=True)
 class Output:
@@ -48,7 +54,7 @@ class Family(Protocol):
     stacks: tuple[str, ...]
 
     def collate(self, examples: Sequence[Example], model: PreTrainedModel) -> Batch:
-        """Pad examples into a batch."""
+        """Pad examples into a batch, on the model's device."""
 
     def forward(self, model: PreTrainedModel, batch: Batch, token_ids: Tensor | None) -> Output:
         """Run the model; `token_ids` [k] limits the logits to those tokens."""
@@ -109,7 +115,7 @@ class DecoderOnly:
         sequences = [[*e.prompt_ids, *e.answer_ids[:-1]] for e in examples]
         ids, mask = pad(sequences, _token_id(model, "pad_token_id", "eos_token_id"))
         positions, labels = _answer_positions(examples, [len(e.prompt_ids) - 1 for e in examples])
-        return Batch({"input_ids": ids}, positions, labels, {"decoder": mask})
+        return Batch({"input_ids": ids}, positions, labels, {"decoder": mask}).to(model.device)
 
     def forward(self, model: PreTrainedModel, batch: Batch, token_ids: Tensor | None) -> Output:
         decoder = model.get_decoder()
@@ -136,7 +142,7 @@ class EncoderDecoder:
         )
         positions, labels = _answer_positions(examples, [0] * len(examples))
         inputs = {"input_ids": ids, "attention_mask": mask.long(), "decoder_input_ids": decoder_ids}
-        return Batch(inputs, positions, labels, {"encoder": mask, "decoder": decoder_mask})
+        return Batch(inputs, positions, labels, {"encoder": mask, "decoder": decoder_mask}).to(model.device)
 
     def forward(self, model: PreTrainedModel, batch: Batch, token_ids: Tensor | None) -> Output:
         out = model(**batch.inputs, output_hidden_states=True, use_cache=False)
@@ -159,7 +165,7 @@ class Classifier:
         labels = torch.tensor([e.label if e.label >= 0 else IGNORE for e in examples])
         rows = torch.arange(len(examples))
         inputs = {"input_ids": ids, "attention_mask": mask.long()}
-        return Batch(inputs, (rows, torch.zeros_like(rows)), labels, {"encoder": mask})
+        return Batch(inputs, (rows, torch.zeros_like(rows)), labels, {"encoder": mask}).to(model.device)
 
     def forward(self, model: PreTrainedModel, batch: Batch, token_ids: Tensor | None) -> Output:
         out = model(**batch.inputs, output_hidden_states=True)
@@ -172,8 +178,8 @@ class Classifier:
 def _generate(model: PreTrainedModel, ids: Tensor, mask: Tensor, max_new_tokens: int, skip: int) -> list[list[int]]:
     generate: Any = model.generate
     out = generate(
-        input_ids=ids,
-        attention_mask=mask.long(),
+        input_ids=ids.to(model.device),
+        attention_mask=mask.long().to(model.device),
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=_token_id(model, "pad_token_id", "eos_token_id"),

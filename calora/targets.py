@@ -57,7 +57,7 @@ def write_targets(
     the same arguments left in `directory` are kept.
     """
     family = family_of(model)
-    answer_ids = torch.tensor(task.answer_token_ids(tokenizer)) if task.scored else None
+    answer_ids = torch.tensor(task.answer_token_ids(tokenizer), device=model.device) if task.scored else None
     batches = length_batches([e.tokens for e in examples], batch_size)
     shard: dict[str, Tensor] = {}
     with torch.no_grad():
@@ -146,10 +146,14 @@ class Targets:
             for index, example in enumerate(examples)
         ]
 
-    def read(self, indices: Sequence[int]) -> Target:
+    def read(self, indices: Sequence[int], device: torch.device) -> Target:
         """The targets of a batch, rows in the order of `indices`."""
-        hidden = {s: torch.cat([self._tensor(i, f"hidden.{s}") for i in indices]) for s in self.stacks}
-        token_ids, logits = (torch.cat([self._tensor(i, kind) for i in indices]) for kind in ("token_ids", "logits"))
+
+        def rows(kind: str) -> Tensor:
+            return torch.cat([self._tensor(i, kind) for i in indices]).to(device)
+
+        hidden = {stack: rows(f"hidden.{stack}") for stack in self.stacks}
+        token_ids, logits = rows("token_ids"), rows("logits")
         return Target(hidden, token_ids, logits)
 
     def _tensor(self, index: int, kind: str) -> Tensor:

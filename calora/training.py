@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from calora.artifacts import read_tensors, write_tensors
 from calora.errors import CaloraError
+from calora.parallel import average, first, only_first_goes_on, processes
 from calora.progress import progress
 
 Losses = dict[str, Tensor]
@@ -111,7 +112,7 @@ class MasterWeights:
     def step(self, rate: float, clip: float) -> float:
         """One AdamW step on the gradients that `backward` left; returns the norm of the gradient."""
         assert self.master.grad is not None
-        self.master.grad.copy_(self.working_grad)
+        average(self.master.grad.copy_(self.working_grad))
         norm = float(nn.utils.clip_grad_norm_([self.master], clip))
         self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.step()
@@ -133,7 +134,9 @@ class MasterWeights:
         """The inverse of `state`."""
         self.master.data.copy_(state["master"])
         self.optimizer.state[self.master] = {
-            name.removeprefix("adam."): value for name, value in state.items() if name.startswith("adam.")
+            name.removeprefix("adam."): value.to(self.master.device)
+            for name, value in state.items()
+            if name.startswith("adam.")
         }
         self.publish()
 
@@ -208,17 +211,19 @@ def train(
     elif schedule.eval_every:
         history.scores.append({"step": 0, "score": score()})
     last_save = clock = time.monotonic()
-    bar = progress(range(start, schedule.steps), title, "steps", schedule.steps, start)
+    bar = progress(range(start, schedule.steps), title if first() else None, "steps", schedule.steps, start)
     for step in bar:
         losses, tokens = loss_of_step(step)
         losses["loss"].backward()
-        row = {name: float(value.detach()) for name, value in losses.items()}
+        values = [value.item() for value in losses.values()]
+        *values, tokens = average(torch.tensor([*values, tokens], device=weights.master.device)).tolist()
+        row = dict(zip(losses, values, strict=True))
         if not math.isfinite(row["loss"]):
             raise CaloraError(f"{title}, step {step}", "a finite loss", row["loss"], "lower the learning rate")
         weights.step(schedule.rate(step), schedule.clip)
         done = step + 1
         history.losses.append({"step": done, **row})
-        history.tokens += tokens
+        history.tokens += round(tokens * processes())
         history.seconds += time.monotonic() - clock
         if done == schedule.steps or (schedule.eval_every and done % schedule.eval_every == 0):
             history.scores.append({"step": done, "score": score()})
@@ -226,9 +231,10 @@ def train(
                 best = weights.master.detach().clone()
         bar.set_postfix(refresh=False, **history.latest())
         clock = time.monotonic()
-        if checkpoint and (clock - last_save >= schedule.checkpoint_seconds or done == schedule.steps):
+        if checkpoint and first() and (clock - last_save >= schedule.checkpoint_seconds or done == schedule.steps):
             checkpoint.save(done, history, {**weights.state(), "best": best})
             last_save = clock = time.monotonic()
     weights.finish(best)
+    only_first_goes_on()
     print(f"{title}: {history.tokens} tokens in {history.seconds:.0f} s, {history.rate:.0f} tokens/s", flush=True)
     return history

@@ -48,4 +48,4 @@ def config_of(params: Params, method: str) -> LoraConfig:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, trains=True)

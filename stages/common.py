@@ -14,6 +14,9 @@ from stages.config import Params, load_params
 BASE, SMALL = Path("models/base"), Path("models/small")
 CALIBRATION = Path("data/calibration/texts.jsonl")
 CHECKPOINTS = Path("checkpoints")
+ACCELERATE = (  # its name for several processes on one machine, on CPUs too
+    "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+)  # fmt: skip
 
 
 def data(task: str) -> Path:
@@ -51,11 +54,13 @@ def results(*parts: str) -> Path:
     return Path("results").joinpath(*parts)
 
 
-def run(stage: Callable[..., None]) -> None:
+def run(stage: Callable[..., None], trains: bool = False) -> None:
     """Call `stage(params, *arguments of the command line)`; a user's mistake ends it with one line and exit code 1.
 
-    CALORA_DEBUG=1 shows the traceback of such a mistake too.
+    CALORA_DEBUG=1 shows the traceback of such a mistake too. One that trains does so on every GPU.
     """
+    if trains:
+        launch()
     try:
         params: Params = load_params()
         stage(params, *sys.argv[1:])
@@ -68,6 +73,22 @@ def run(stage: Callable[..., None]) -> None:
         message = _full_disk(error) if isinstance(error, OSError) else str(error)
         print(f"error: {message}", file=sys.stderr)
         sys.exit(1)
+
+
+def launch() -> None:
+    """Start this command again as a process for each GPU, through accelerate, where there are several.
+
+    CALORA_PROCESSES is another number of them, on CPUs too.
+    """
+    import torch  # not for stages that only read and write
+
+    gpus = torch.cuda.device_count()
+    count = int(os.environ.get("CALORA_PROCESSES", gpus))
+    if count > 1 and "LOCAL_RANK" not in os.environ:
+        module = sys.modules["__main__"].__spec__
+        assert module
+        command = [*ACCELERATE, "--num_processes", str(count), "--module", module.name, *sys.argv[1:]]
+        os.execv(sys.executable, [sys.executable, *command])
 
 
 def _full_disk(error: OSError) -> str:

@@ -83,4 +83,4 @@ def write_curves(directory: Path, history: History) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, trains=True)

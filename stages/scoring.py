@@ -8,6 +8,7 @@ from sklearn.metrics import f1_score
 
 from calora.evaluate import correct, predict
 from calora.metrics import token_f1
+from calora.parallel import place
 from calora.tasks import Task, encode_all
 from stages.config import Params
 from stages.splits import read_split
@@ -19,6 +20,7 @@ def score_test(
     model: Any, task: Task, tokenizer: Any, params: Params, method: str, bytes_on_disk: int, parameters: int
 ) -> Scored:
     """Answers and whether each is right, with F1 (macro over labels; of shared words for a generated answer)."""
+    place(model)
     examples = encode_all(task, tokenizer, read_split(task.name, "test"))
     predictions = predict(model, task, tokenizer, examples, params.evaluate.batch_size, f"{task.name}: {method}")
     hits = correct(predictions, examples)

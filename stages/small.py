@@ -29,4 +29,4 @@ def main(params: Params, name: str) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, trains=True)

@@ -15,6 +15,7 @@ from calora.artifacts import fingerprint, replace_directory
 from calora.cards import plain_card
 from calora.errors import CaloraError
 from calora.models import load_model, load_tokenizer
+from calora.parallel import place
 from calora.targets import write_targets
 from calora.tasks import Task, encode_all
 from calora.training import Checkpoint
@@ -63,6 +64,7 @@ def store_targets(params: Params, task: Task) -> None:
     model, tokenizer = load_model(BASE, torch.bfloat16, attention="eager"), load_tokenizer(BASE)
     attach_adapter(model, read_plain_lora(teacher(task.name)), task.name)
     set_active(model, task.name)
+    place(model)
     key = run_key(params, task.name, fingerprint(BASE), fingerprint(teacher(task.name)), params.teacher.top_k)
     unfinished = CHECKPOINTS / targets(task.name) / key
     for split in ("train", "unlabelled"):
@@ -77,4 +79,4 @@ def store_targets(params: Params, task: Task) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, trains=True)
