@@ -60,11 +60,11 @@ def run(command: argparse.ArgumentParser) -> Act:
     def act(chosen: argparse.Namespace) -> int:
         settings = settings_of(chosen)
         changed = "take along" if chosen.take_along else "refuse"
-        with alone():
-            from pipeline.flow import ca_lora
+        alone()
+        from pipeline.flow import ca_lora
 
-            state = ca_lora(chosen.name, settings, chosen.commit, changed, chosen.only, chosen.share, return_state=True)
-            return 0 if state.is_completed() else 1
+        state = ca_lora(chosen.name, settings, chosen.commit, changed, chosen.only, chosen.share, return_state=True)
+        return 0 if state.is_completed() else 1
 
     return act
 
@@ -103,12 +103,11 @@ def sweep(command: argparse.ArgumentParser) -> Act:
     command.add_argument("--name", default="sweep", help="first part of the experiments' names (sweep)")
 
     def act(chosen: argparse.Namespace) -> None:
+        alone()
         from pipeline.compare import compare
         from pipeline.sweep import cells, sweep
 
-        with alone():
-            names = sweep(ROOT, chosen.name, cells(chosen.values))
-        compare(ROOT, names)
+        compare(ROOT, sweep(ROOT, chosen.name, cells(chosen.values)))
 
     return act
 
@@ -120,11 +119,10 @@ def ablation(command: argparse.ArgumentParser) -> Act:
     command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
 
     def act(chosen: argparse.Namespace) -> None:
+        alone()
         from pipeline.paper import ablation
 
-        with alone():
-            table = ablation(ROOT, chosen.task, chosen.recipe, chosen.seeds)
-        print(table.read_text(encoding="utf-8"))
+        print(ablation(ROOT, chosen.task, chosen.recipe, chosen.seeds).read_text(encoding="utf-8"))
 
     return act
 
@@ -135,10 +133,10 @@ def convergence(command: argparse.ArgumentParser) -> Act:
     command.add_argument("--recipes", nargs="+", default=["q8", "up", "m", "q8_up"])
 
     def act(chosen: argparse.Namespace) -> None:
+        alone()
         from pipeline.paper import convergence
 
-        with alone():
-            print(convergence(ROOT, chosen.task, chosen.recipes))
+        print(convergence(ROOT, chosen.task, chosen.recipes))
 
     return act
 

@@ -16,7 +16,7 @@ from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture
-from prefect.states import Completed, State
+from prefect.states import Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
@@ -123,7 +123,7 @@ def ca_lora(
     changed_files: Literal["refuse", "take along"] = "refuse",
     only: list[str] = [],  # noqa: B006
     share: str = "",
-) -> dict[str, str]:
+) -> Any:
     """Run the pipeline in a checkout of its own, and keep the result as a DVC experiment.
 
     Args:
@@ -133,6 +133,21 @@ def ca_lora(
         changed_files: If the working tree has uncommitted changes: refuse to run, or take them along.
         only: Stages to run, with what they need, such as distill; empty for all.
         share: Git remote to share results through, such as origin, with DVC's default remote; empty for none.
+    """
+    try:
+        return run_in_checkout(name, settings, commit, changed_files, only, share)
+    except (CaloraError, StageFailed) as error:  # told in a line; a traceback would tell a user nothing
+        return Failed(message=str(error), data=error)
+
+
+def run_in_checkout(
+    name: str, settings: Settings, commit: str, changed_files: str, only: list[str], share: str
+) -> dict[str, str]:
+    """What became of each stage; `ca_lora` has the arguments.
+
+    Raises:
+        CaloraError: the run cannot start, or its experiment cannot be pushed.
+        StageFailed: some stage failed, after those that do not need it were run.
     """
     log = get_run_logger()
     parent = commit_of(ROOT, commit)

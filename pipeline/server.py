@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
 import subprocess
@@ -9,8 +10,6 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from calora.errors import CaloraError
@@ -29,43 +28,38 @@ def settings(port: int) -> dict[str, str]:
     }  # fmt: skip
 
 
-@contextmanager
-def server(port: int, *options: str, **more: str) -> Iterator[subprocess.Popen[str]]:
-    """A server that answers, until the end of the block or of this process, however that comes."""
+def server(port: int, *options: str) -> subprocess.Popen[str]:
+    """A server that answers, until `end`, or until this process ends, however that comes."""
     command = ["prefect", "server", "start", "--host", HOST, "--port", str(port), *options]
-    with started(command, f"http://{HOST}:{port}/api/health", **settings(port), **more) as process:
-        yield process
+    return start(command, f"http://{HOST}:{port}/api/health", settings(port))
 
 
-@contextmanager
-def started(module: list[str], url: str, **settings: str) -> Iterator[subprocess.Popen[str]]:
+def start(module: list[str], url: str, settings: dict[str, str]) -> subprocess.Popen[str]:
     """`python -m ...` in the background, once `url` answers."""
     LOG.parent.mkdir(exist_ok=True)
     with LOG.open("ab") as log:
         process = guarded([sys.executable, "-m", *module], ROOT, environment(**settings), log)
     try:
         wait_for(url, process, LOG)
-        yield process
-    finally:
+    except BaseException:
         end(process)
+        raise
+    return process
 
 
-@contextmanager
-def alone() -> Iterator[None]:
+def alone() -> None:
     """Prefect without `make ui`: a server for this command alone, unless PREFECT_API_URL names one.
 
-    Prefect would start one by itself, which then outlives a killed command.
+    Prefect would start one by itself, which then outlives a killed command. To be called before Prefect is imported:
+    the server then ends after Prefect's own last words.
     """
     os.environ.update({key: value for key, value in PREFECT.items() if key not in os.environ})
-    if "PREFECT_API_URL" in os.environ:
-        yield
-        return
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port = probe.getsockname()[1]
-    with server(port, "--no-ui", "--no-services"):
+    if "PREFECT_API_URL" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind((HOST, 0))
+            port = probe.getsockname()[1]
+        atexit.register(end, server(port, "--no-ui", "--no-services"))
         os.environ["PREFECT_API_URL"] = settings(port)["PREFECT_API_URL"]
-        yield
 
 
 def check_free(port: int) -> None:

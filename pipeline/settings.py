@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    WithJsonSchema,
+    model_serializer,
+)
 from pydantic.json_schema import SkipJsonSchema
 
 from calora.errors import CaloraError
@@ -29,10 +37,17 @@ Activation = Literal["gelu", "relu", "silu", "identity"]
 Switch = Literal["on", "off"]
 
 
+def without_nulls(schema: dict[str, Any]) -> None:
+    """No field has null for a default: the form would send it, and it would be refused."""
+    for field in schema["properties"].values():
+        if field.get("default", "") is None:
+            del field["default"]
+
+
 class Settings(BaseModel):
     """A field that is left empty stays as params.yaml has it."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", json_schema_extra=without_nulls)
 
     tasks: list[TaskName] | Empty = Field(None, description="Tasks to carry over.")
     recipes: list[RecipeName] | Empty = Field(None, description="Ways to compress.")
@@ -46,6 +61,11 @@ class Settings(BaseModel):
     recover: Switch | Empty = Field(None, description="Add the bypass R(X) = sigma(XD)U; off: the LoRA alone.")
     distil: Switch | Empty = Field(None, description="Learn from the uncompressed LLM; off: from the labels alone.")
     other: dict[str, Any] = Field({}, description='Any other key of params.yaml, such as {"train.lr": 0.002}.')
+
+    @model_serializer(mode="wrap")
+    def _filled(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Only the fields that are filled in."""
+        return {name: value for name, value in serialise(self).items() if value is not None}
 
 
 PREFECT = {  # its state inside the project, nothing sent home

@@ -49,7 +49,9 @@ def show_results(root: Path, folder: Path, parent: str, name: str) -> None:
     )
     url = os.environ.get(SERVED)
     if url:
-        create_link_artifact(f"{url}/{name}/report.html", link_text=f"Report of {name}", key="report")
+        create_link_artifact(
+            f"{url}/{name}/report.html", link_text=f"Report of {name}", key="report", description=f"Report of {name}"
+        )
         for picture in sorted((kept / "plots").glob("*.png")):
             address = f"{url}/{name}/plots/{picture.name}"
             create_image_artifact(address, key=key_of(picture.stem), description=picture.stem)

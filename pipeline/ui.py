@@ -3,11 +3,13 @@
 import functools
 import http.server
 import signal
+import subprocess
 import threading
 import time
 
 from calora.errors import CaloraError
-from pipeline.server import HOST, LOG, check_free, server, settings, started
+from pipeline.process import end
+from pipeline.server import HOST, LOG, check_free, server, settings, start
 from pipeline.settings import ROOT
 from pipeline.show import REPORTS, SERVED
 
@@ -24,21 +26,26 @@ def serve_ui(port: int, runs: int) -> int:
     LOG.unlink(missing_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # shells in the background hand down "ignored"
-    deployment = f"http://{HOST}:{port}/api/deployments/name/ca-lora/local"
     more = {**settings(port), SERVED: f"http://{HOST}:{port + 1}"}
+    deployment = f"http://{HOST}:{port}/api/deployments/name/ca-lora/local"
+    processes: list[subprocess.Popen[str]] = []
     try:
-        with server(port) as first, started(["pipeline.serve", str(runs)], deployment, **more) as second:
-            serve_reports(port + 1)
-            print(
-                f"http://{HOST}:{port}/deployments (the deployment is ca-lora/local; Ctrl-C ends the server and every run)",
-                flush=True,
-            )
-            while first.poll() is None and second.poll() is None:
-                time.sleep(0.5)
+        processes.append(server(port))
+        processes.append(start(["pipeline.serve", str(runs)], deployment, more))
+        serve_reports(port + 1)
+        print(
+            f"http://{HOST}:{port}/deployments (the deployment is ca-lora/local; Ctrl-C ends the server and every run)",
+            flush=True,
+        )
+        while all(process.poll() is None for process in processes):
+            time.sleep(0.5)
         raise CaloraError("make ui", "the server and the deployment to go on", "that one of them ended", f"read {LOG}")
     except KeyboardInterrupt:
         print("stopping", flush=True)
         return 0
+    finally:
+        for process in reversed(processes):
+            end(process)
 
 
 def serve_reports(port: int) -> None:

@@ -138,7 +138,9 @@ def losses(parts: dict[str, list[tuple[int, float]]], title: str) -> Figure:
     """The loss of CA-LoRA and its parts against step, a panel each: part -> (step, value)."""
     figure = Figure(figsize=(2.8 * len(parts), 2.8), layout="constrained")
     panels = figure.subplots(1, len(parts), squeeze=False)[0]
-    for axes, (part, points) in zip(panels, sorted(parts.items()), strict=True):
+    for axes, (part, points) in zip(
+        panels, sorted(parts.items(), key=lambda part: (part[0] != "loss", part)), strict=True
+    ):
         axes.plot(*zip(*points, strict=True), color=METHODS["clm_calora"][1], lw=1)
         axes.set(title=part, xlabel="step")
         axes.grid(alpha=0.3)

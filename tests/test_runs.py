@@ -60,6 +60,7 @@ def test_the_form_has_types_bounds_choices_and_help():
     fields = schema["definitions"]["Settings"]["properties"]
     assert fields["recipes"]["items"]["enum"] == list(RECIPES)
     assert fields["alpha"]["minimum"] == 0 and fields["alpha"]["type"] == "number"
+    assert not [name for name, field in fields.items() if "default" in field and field["default"] is None]
     assert all(field["description"] for field in [*fields.values(), *schema["properties"].values()])
 
 
@@ -279,6 +280,9 @@ def test_the_api_starts_a_run_and_refuses_impossible_values_by_name(project, pre
     for settings, named in (({"alpha": -1}, "alpha"), ({"recipes": ["q9"]}, "recipes"), ({"speed": 1}, "speed")):
         refused = httpx.post(start, json={"parameters": {"settings": settings}})
         assert refused.status_code == 409 and named in refused.text
+    form = flows.ca_lora.parameters.model_dump()["properties"]
+    defaults = {name: field["default"] for name, field in form.items()}  # what the form sends if nothing is filled in
+    assert httpx.post(start, json={"parameters": defaults}).status_code == 201
     taken = httpx.post(start, json={"parameters": {"name": "alpha01", "settings": {"alpha": 0.1}}})
     assert taken.status_code == 201 and taken.json()["parameters"]["settings"] == {"alpha": 0.1}
 

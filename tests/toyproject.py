@@ -89,11 +89,11 @@ def left(folder: Path) -> list[str]:
 RUN = """
 from pathlib import Path
 from pipeline.server import alone
-with alone():
-    from pipeline import flow
-    from pipeline.settings import Settings
-    flow.ROOT, flow.show_results = Path({root!r}), lambda *_: None
-    state = flow.ca_lora(name={name!r}, settings=Settings(other={other!r}), return_state=True)
+alone()
+from pipeline import flow
+from pipeline.settings import Settings
+flow.ROOT, flow.show_results = Path({root!r}), lambda *_: None
+state = flow.ca_lora(name={name!r}, settings=Settings(other={other!r}), return_state=True)
 raise SystemExit(0 if state.is_completed() else 1)
 """
 
