@@ -109,7 +109,7 @@ def stopping(processes: Processes) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def clean_up(*_: Any) -> None:
+def clean_up(flow: Any, flow_run: Any, state: Any) -> None:
     """What a killed run leaves is removed by the process that watched it."""
     sweep(ROOT)
 

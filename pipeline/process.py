@@ -37,6 +37,9 @@ def guarded(
 class Stopped(Exception):
     """The run was asked to stop: nothing new starts."""
 
+    def __init__(self) -> None:
+        super().__init__("the run is being stopped")
+
 
 class Processes:
     """The commands of one run."""
