@@ -1,4 +1,4 @@
-"""Write the table and the picture of docs/results.md from the results of this folder: `python -m benchmarks.recipes [task]`.
+"""Write the tables and the pictures of docs/results.md from the results of this folder: `python -m benchmarks.recipes [task]`.
 
 Run it after `make run` with some `recipes`; those that this folder has no results of stay as docs/recipes.json has them, so that the
 nine can be run on different days.
@@ -16,7 +16,8 @@ from stages import plots, tables
 from stages.common import BASE, compressed, results
 from stages.config import load_params
 
-PAGE, DATA, PICTURE = Path("docs/results.md"), Path("docs/recipes.json"), Path("docs/recipes.png")
+PAGE, DATA = Path("docs/results.md"), Path("docs/recipes.json")
+PICTURES = {Path("docs/recipes.png"): plots.recipes_against_bytes, Path("docs/front.png"): plots.front}
 ORDER = ("q8", "q4", "nf4", "up", "sp", "m", "q8_up", "q4_up", "q8_up_m")
 MARKS = "<!-- {} of benchmarks.recipes -->"
 
@@ -35,7 +36,7 @@ def between(text: str, name: str, new: str) -> str:
 
 
 def main() -> None:
-    """Merge, then write data, page and picture."""
+    """Merge, then write data, page and pictures."""
     task = sys.argv[1] if len(sys.argv) > 1 else "movies"
     known: dict[str, Any] = json.loads(DATA.read_text()) if DATA.exists() else {}
     for recipe in load_params().compressions:
@@ -49,7 +50,8 @@ def main() -> None:
     write_json(DATA, found)
     text = between(PAGE.read_text(encoding="utf-8"), "table", table.grid())
     write_text(PAGE, between(text, "bytes", bytes_table(found).grid()))
-    plots.recipes_against_bytes(metrics, task).savefig(PICTURE, dpi=130)
+    for path, draw in PICTURES.items():
+        draw(metrics, task).savefig(path, dpi=130)
 
 
 if __name__ == "__main__":

@@ -30,11 +30,11 @@ def blank(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def legend_once(axes: Axes) -> None:
-    """A legend with one entry for each label, however many points have it."""
+def legend_once(figure: Figure, axes: Axes) -> None:
+    """A legend below the axes with one entry for each label, however many points have it."""
     handles, labels = axes.get_legend_handles_labels()
     once = dict(zip(labels, handles, strict=True))
-    axes.legend(once.values(), once.keys(), fontsize=8, loc="lower right")
+    figure.legend(once.values(), once.keys(), fontsize=8, ncols=4, loc="outside lower center")
 
 
 def curve(axes: Axes, method: str, scores: list[dict[str, float]], **look: Any) -> None:
@@ -64,10 +64,10 @@ def recipes_against_bytes(found: dict[str, Any], task: str) -> Figure:
         for place, method in ((before, "clm_inherited"), (after, "clm_calora")):
             label, colour, marker = METHODS[method]
             axes.plot(*place, marker, ms=9, color=colour, label=label)
-        axes.annotate(recipe, after, xytext=(0, 8), textcoords="offset points", ha="center", fontsize=8)
+        axes.annotate(recipe, after, xytext=(8, -3), textcoords="offset points", fontsize=8)
     axes.set(xlabel=BYTES, ylabel="test accuracy", title=f"{task}: before and after CA-LoRA")
     axes.margins(y=0.12)
-    legend_once(axes)
+    legend_once(figure, axes)
     return figure
 
 
@@ -87,7 +87,7 @@ def front(found: dict[str, Any], task: str) -> Figure:
             best.append((size, accuracy))
     axes.plot(*zip(*best, strict=True), drawstyle="steps-post", color="#999999", lw=1, zorder=0)
     axes.set(xlabel=BYTES, ylabel="test accuracy", title=f"{task}: all methods")
-    legend_once(axes)
+    legend_once(figure, axes)
     return figure
 
 
