@@ -25,12 +25,11 @@ TEMPLATE = Path(".cache/plots.html")
 
 def main(root: Path) -> None:
     """Write the template, and name it in .dvc/config.local."""
-    config = [*DVC, "config", "--local"]
-    known = subprocess.run([*DVC, "config", "plots.html_template"], cwd=root, env=environment(), capture_output=True)
-    if known.stdout.strip() not in (b"", f"../{TEMPLATE}".encode()):
-        return
-    write_text(root / TEMPLATE, PAGE % vl_convert.javascript_bundle())
-    subprocess.run([*config, "plots.html_template", f"../{TEMPLATE}"], cwd=root, env=environment(), check=True)
+    key, ours = "plots.html_template", f"../{TEMPLATE}"
+    known = subprocess.run([*DVC, "config", key], cwd=root, env=environment(), capture_output=True, text=True)
+    if known.stdout.strip() in ("", ours):
+        write_text(root / TEMPLATE, PAGE % vl_convert.javascript_bundle())
+        subprocess.run([*DVC, "config", "--local", key, ours], cwd=root, env=environment(), check=True)
 
 
 if __name__ == "__main__":

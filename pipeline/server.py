@@ -10,7 +10,6 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 from calora.errors import CaloraError
 from pipeline.process import end, environment, guarded
@@ -40,7 +39,7 @@ def start(module: list[str], url: str, settings: dict[str, str]) -> subprocess.P
     with LOG.open("ab") as log:
         process = guarded([sys.executable, "-m", *module], ROOT, environment(**settings), log)
     try:
-        wait_for(url, process, LOG)
+        wait_for(url, process)
     except BaseException:
         end(process)
         raise
@@ -74,7 +73,7 @@ def check_free(port: int) -> None:
             ) from None
 
 
-def wait_for(url: str, process: subprocess.Popen[str], log: Path) -> None:
+def wait_for(url: str, process: subprocess.Popen[str]) -> None:
     """Wait until a page answers."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline and process.poll() is None:
@@ -84,4 +83,4 @@ def wait_for(url: str, process: subprocess.Popen[str], log: Path) -> None:
         except (urllib.error.URLError, OSError):
             time.sleep(0.2)
     found = "no answer" if process.poll() is None else f"exit code {process.poll()}"
-    raise CaloraError(url, f"an answer within {PATIENCE:.0f} s", found, f"read {log}")
+    raise CaloraError(url, f"an answer within {PATIENCE:.0f} s", found, f"read {LOG}")
