@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .PHONY: help setup run ui compare ablation convergence smoke test lint format clean
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
 
 setup: $(BIN)/.done  ## make .venv with every package at its exact version
 
@@ -26,11 +26,11 @@ ui: setup  ## the Prefect UI, for runs started by hand or by a schedule (PORT=42
 compare: setup  ## the experiments of this commit side by side; writes results/report.html (EXP="a b")
 	@$(BIN)/python -m pipeline compare $(EXP)
 
-ablation: setup  ## the paper's ablation: inherit x recover x distil, three seeds
-	@$(BIN)/python -m pipeline ablation
+ablation: setup  ## the paper's ablation: inherit x recover x distil, three seeds (TASK=movies RECIPE=q8_up)
+	@$(BIN)/python -m pipeline ablation $(TASK:%=--task %) $(RECIPE:%=--recipe %)
 
-convergence: setup  ## validation accuracy against step on four compressed models
-	@$(BIN)/python -m pipeline convergence
+convergence: setup  ## validation accuracy against step on four compressed models (TASK=movies)
+	@$(BIN)/python -m pipeline convergence $(TASK:%=--task %)
 
 smoke: setup  ## the same stages and real input on a few hundred texts, in .smoke
 	@$(BIN)/python -m pipeline smoke

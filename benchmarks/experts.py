@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import math
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,16 +21,16 @@ from transformers import PhiConfig, PhiForCausalLM
 from calora.adapters import attach_adapter, read_plain_lora, set_active
 from calora.batching import epoch_batches, length_batches
 from calora.compression import Calibration, compress
-from calora.evaluate import correct, predict
+from calora.evaluate import accuracy
 from calora.inheritance import carry_lora
 from calora.models import load_model, load_tokenizer, pad
 from calora.origin import Origin
 from calora.progress import progress
-from calora.tasks import Example, Task, encode_all, read_rows
+from calora.tasks import Example, encode_all
 from stages.common import BASE, teacher
 from stages.config import Scores, load_params
 from stages.corpora import split_pools, task_of
-from stages.splits import read_split, read_task
+from stages.splits import read_calibration, read_split, read_task
 
 SHARES = {8: (0.3, 0.5, 0.7, 0.8, 0.9), 0: (0.5, 0.7, 0.9)}  # shared experts -> shares of all 48 that a token uses
 STEPS, BATCH, LR, VOCABULARY, TOKENS = 900, 48, 2e-3, 4096, 64
@@ -144,12 +143,6 @@ def neurons_on(model: Any, texts: list[list[int]]) -> float:
     return sum(shares) / len(shares)
 
 
-def accuracy(model: Any, task: Task, tokenizer: Any, examples: list[Example]) -> float:
-    """Share of right answers."""
-    hits = correct(predict(model, task, tokenizer, examples, 32), examples)
-    return sum(hits) / len(hits)
-
-
 def energies(report: dict[str, Any]) -> str:
     """Mean share of the output energy that the chosen experts hold, and that the best choice would."""
     notes = [entry["steps"]["moefy"] for entry in report["layers"].values() if entry["kind"] == "experts"]
@@ -162,9 +155,7 @@ def swiglu() -> None:
     task, tokenizer = read_task("movies"), load_tokenizer(BASE)
     origin = read_plain_lora(teacher("movies"))
     examples = encode_all(task, tokenizer, read_split("movies", "validation"))
-    calibration = [
-        Example(tokenizer(row["text"]).input_ids) for row in read_rows(Path("data/calibration/texts.jsonl"), "")
-    ]
+    calibration = read_calibration(tokenizer)
 
     def scored(options: dict[str, Any] | None, silent: bool = False) -> tuple[float, str]:
         model = load_model(BASE, torch.bfloat16, attention="eager")
@@ -177,7 +168,7 @@ def swiglu() -> None:
         if silent:
             for block in model.model.layers:
                 block.mlp.down_proj.weight.zero_()
-        return accuracy(model, task, tokenizer, examples), energies(report) if options else ""
+        return accuracy(model, task, tokenizer, examples, 32), energies(report) if options else ""
 
     whole, _ = scored(None)
     print(f"LLM + LoRA, dense: {whole:.3f} on {len(examples)} validation texts of movies")

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-ROUNDS = 3
+ROUNDS = 2
 PROMPTS, LENGTH, NEW = 16, 32, 48  # texts a batch, tokens a text, tokens decoded after one text
 ADAPTERS = ("none", "LoRA", "CA-LoRA")
 DENSE, DENSE_TUNED = "bf16 dense", "bf16 dense, tuned"
@@ -38,17 +38,14 @@ def make(recipe: str) -> None:
     from calora.compressed import save
     from calora.compression import Calibration, compress
     from calora.models import load_model, load_tokenizer
-    from calora.tasks import Example, read_rows
-    from stages.common import BASE, CALIBRATION
+    from stages.common import BASE
     from stages.config import load_params
+    from stages.splits import read_calibration
 
     if not (folder_of(recipe) / "compression.json").exists():
-        tokenizer = load_tokenizer(BASE)
-        examples = [
-            Example(tokenizer(row["text"]).input_ids) for row in read_rows(CALIBRATION, "run `dvc repro calibration`")
-        ]
+        calibration = Calibration(read_calibration(load_tokenizer(BASE)))
         model = load_model(BASE, torch.bfloat16)
-        save(model, compress(model, load_params().compressions[recipe], Calibration(examples)), folder_of(recipe), BASE)
+        save(model, compress(model, load_params().compressions[recipe], calibration), folder_of(recipe), BASE)
 
 
 def opened(recipe: str, adapter: str) -> Any:

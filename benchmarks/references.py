@@ -1,15 +1,17 @@
 """Our compression beside other packages': perplexity on the same held-back texts, calibrated on the same texts.
 
-`python -m benchmarks.references ours`, `torchao`, `bitsandbytes`, `llmcompressor` or `gptqmodel`, after `make run`. The
-packages want other versions of what calora needs: install the one that is asked for, with torch and transformers, into an
-environment of its own, and run this with its python (only `ours` imports calora). Every row measures the weights alone:
-a plain bf16 transformers model gets the values that the package stores, so that no package's kernels count.
+`python -m benchmarks.references ours`, `torchao`, `bitsandbytes`, `llmcompressor` or `gptqmodel`, after `make run` and
+`python -m stages.download nyt` (perplexity is measured on unlabelled texts of both tasks). The packages want other versions
+of what calora needs: install the one that is asked for, with torch and transformers, into an environment of its own, and run
+this with its python (only `ours` imports calora). Every row measures the weights alone: a plain bf16 transformers model gets
+the values that the package stores, so that no package's kernels count.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import tempfile
 import time
@@ -152,6 +154,8 @@ def llmcompressor() -> Iterator[tuple[str, Callable[[], Weights]]]:
 
 def gptqmodel() -> Iterator[tuple[str, Callable[[], Weights]]]:
     """GPTQ."""
+    cores = max(4, os.cpu_count() or 1)  # its pools ask for more workers than it makes for two cores, and it stops
+    os.cpu_count = lambda: cores  # type: ignore[assignment]
     from gptqmodel import GPTQModel, QuantizeConfig
     from safetensors.torch import load_file
 

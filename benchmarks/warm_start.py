@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from calora.adapters import attach_adapter, read_plain_lora, set_active
 from calora.calibrate import input_second_moments, linear_layers
 from calora.compressed import load
-from calora.evaluate import correct, predict
+from calora.evaluate import accuracy
 from calora.models import load_model, load_tokenizer
 from calora.tasks import encode_all
 from calora.warmstart import best_linear_correction
@@ -43,11 +43,10 @@ def main() -> None:
     layers, whole = linear_layers(model), linear_layers(uncompressed)
     weights = {key: layer.weight.detach().clone() for key, layer in layers.items()}
 
-    def accuracy() -> float:
-        hits = correct(predict(model, task, tokenizer, validation, 32), validation)
-        return sum(hits) / len(hits)
+    def score() -> float:
+        return accuracy(model, task, tokenizer, validation, 32)
 
-    print(f"{len(validation)} validation texts; inherited LoRA alone: {accuracy():.3f}", flush=True)
+    print(f"{len(validation)} validation texts; inherited LoRA alone: {score():.3f}", flush=True)
     moments = {
         "compressed": dict(input_second_moments(model, texts, layers)),
         "uncompressed": dict(input_second_moments(uncompressed, texts, whole)),
@@ -58,7 +57,7 @@ def main() -> None:
                 error = whole[key].weight.float() - weights[key].float()
                 p, q = best_linear_correction(error, moment[key], rank)
                 layer.weight.data.copy_(weights[key].float() + (p @ q).T)
-            print(f"inputs of the {source} model, rank {rank}: {accuracy():.3f}", flush=True)
+            print(f"inputs of the {source} model, rank {rank}: {score():.3f}", flush=True)
 
 
 if __name__ == "__main__":

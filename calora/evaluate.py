@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from calora.batching import length_batches
 from calora.metrics import normalise
 from calora.models import Classifier, family_of
+from calora.parallel import portion, total
 from calora.progress import progress
 from calora.tasks import Example, Task
 
@@ -63,3 +64,16 @@ def correct(predictions: Predictions, examples: Sequence[Example]) -> list[bool]
         else normalise(answer) in {normalise(reference) for reference in example.references}
         for answer, label, example in zip(predictions.answers, predictions.labels, examples, strict=True)
     ]
+
+
+def accuracy(
+    model: PreTrainedModel,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    batch_size: int,
+) -> float:
+    """Share of right answers; where several processes train together, each of them answers its portion."""
+    mine = portion(examples)
+    hits = correct(predict(model, task, tokenizer, mine, batch_size), mine)
+    return total(sum(hits)) / len(examples)

@@ -112,6 +112,16 @@ class PackedLinear(nn.Linear):
         return {"in": self.in_features, "out": self.out_features, **asdict(self.packing)}
 
     @property
+    def qweight(self) -> Tensor:
+        """What stands for the weight, where PEFT looks for it: an int4 layer has no `weight`.
+
+        int8, because transformers' T5 casts its activations to any other dtype that it finds there.
+        """
+        if self.weight is not None:
+            return self.weight
+        return (self.kernel[0] if self.kernel else self.get_buffer("weight_packed")).view(torch.int8)
+
+    @property
     def keep(self) -> Tensor | None:
         """The pattern, bool [out, in], of a sparse layer."""
         return unpack_mask(self.get_buffer("mask"), self.in_features) if self.packing.sparse else None

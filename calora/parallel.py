@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 def state() -> PartialState:
@@ -39,9 +42,19 @@ def share(indices: Sequence[int]) -> list[int]:
     return [indices[i % len(indices)] for i in range(state().process_index, whole, count)]
 
 
+def portion(items: Sequence[T]) -> list[T]:
+    """What this process takes of a sequence in which each item counts once."""
+    return list(items[state().process_index :: processes()])
+
+
 def average(tensor: Tensor) -> Tensor:
     """Put the mean over all processes in the place of a tensor, and return it."""
     return tensor if processes() == 1 else tensor.copy_(reduce(tensor, "mean"))
+
+
+def total(value: float) -> float:
+    """The sum over all processes of a number that each of them has."""
+    return value if processes() == 1 else float(reduce(torch.tensor(float(value), device=state().device), "sum"))
 
 
 def first() -> bool:

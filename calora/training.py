@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from calora.artifacts import read_tensors, write_tensors
 from calora.errors import CaloraError
-from calora.parallel import average, first, only_first_goes_on, processes
+from calora.parallel import average, first, processes
 from calora.progress import progress
 
 Losses = dict[str, Tensor]
@@ -235,6 +235,6 @@ def train(
             checkpoint.save(done, history, {**weights.state(), "best": best})
             last_save = clock = time.monotonic()
     weights.finish(best)
-    only_first_goes_on()
-    print(f"{title}: {history.tokens} tokens in {history.seconds:.0f} s, {history.rate:.0f} tokens/s", flush=True)
+    if first():
+        print(f"{title}: {history.tokens} tokens in {history.seconds:.0f} s, {history.rate:.0f} tokens/s", flush=True)
     return history

@@ -19,10 +19,15 @@ HOST, PATIENCE = "127.0.0.1", 60.0  # seconds until the server has to answer
 LOG = ROOT / ".prefect/server.log"
 
 
+def preset() -> dict[str, str]:
+    """Prefect's settings that hold with any server; what the user's environment says goes first."""
+    return {key: os.environ.get(key, value) for key, value in PREFECT.items()}
+
+
 def settings(port: int) -> dict[str, str]:
     """Prefect's: its state inside the project, nothing sent home."""
     return {
-        **{key: os.environ.get(key, value) for key, value in PREFECT.items()}, "PREFECT_API_URL": f"http://{HOST}:{port}/api", "PREFECT_SERVER_UI_API_URL": f"http://{HOST}:{port}/api",
+        **preset(), "PREFECT_API_URL": f"http://{HOST}:{port}/api", "PREFECT_SERVER_UI_API_URL": f"http://{HOST}:{port}/api",
         "PREFECT_CLI_PROMPT": "false", "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
     }  # fmt: skip
 
@@ -52,7 +57,7 @@ def alone() -> None:
     Prefect would start one by itself, which then outlives a killed command. To be called before Prefect is imported:
     the server then ends after Prefect's own last words.
     """
-    os.environ.update({key: value for key, value in PREFECT.items() if key not in os.environ})
+    os.environ.update(preset())
     if "PREFECT_API_URL" not in os.environ:
         with socket.socket() as probe:
             probe.bind((HOST, 0))

@@ -14,18 +14,16 @@ from calora.artifacts import bytes_on_disk, fingerprint, write_json
 from calora.compressed import save
 from calora.compression import Calibration, check_recipe, compress, fingerprint_of
 from calora.models import load_model, load_tokenizer
-from calora.tasks import Example, read_rows
-from stages.common import BASE, CALIBRATION, CHECKPOINTS, compressed, results, run
+from stages.common import BASE, CHECKPOINTS, compressed, results, run
 from stages.config import Params
+from stages.splits import read_calibration
 
 
 def main(params: Params, recipe: str) -> None:
     """One compressed base, which serves every task; a killed run goes on after the last finished block."""
     steps = params.compressions[recipe]
     check_recipe(steps)
-    tokenizer = load_tokenizer(BASE)
-    rows = read_rows(CALIBRATION, "run `dvc repro calibration`")
-    examples = [Example(tokenizer(row["text"]).input_ids) for row in rows]
+    examples = read_calibration(load_tokenizer(BASE))
     key = hashlib.sha256(repr((steps, fingerprint(BASE), fingerprint_of(examples))).encode()).hexdigest()
     unfinished = CHECKPOINTS / compressed(recipe)
     model = load_model(BASE, torch.bfloat16)

@@ -15,6 +15,7 @@ from calora.artifacts import fingerprint, whole_directory, write_text
 from calora.cards import calora_card
 from calora.compressed import load
 from calora.distillation import Weights, distill
+from calora.parallel import only_first_goes_on
 from calora.recovery import activate
 from calora.targets import Targets
 from calora.tasks import Example, encode_all
@@ -48,6 +49,7 @@ def main(params: Params, name: str, recipe: str) -> None:
         batch_size=params.train.batch_size, schedule=schedule(params), seed=params.seed,
         checkpoint=saved, title=str(out),
     )  # fmt: skip
+    only_first_goes_on()
     activate(model, None)
     best, alone = history.best["score"], score()
     trained.meta |= {"metrics": {"validation_accuracy": best, "validation_accuracy_lora_alone": alone}}

@@ -1,12 +1,12 @@
-"""Read what the download stage wrote: a task and its splits."""
+"""Read what the download stages wrote: a task, its splits, and the calibration texts."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from calora.artifacts import read_json
-from calora.tasks import Task, read_rows
-from stages.common import data
+from calora.tasks import Example, Task, read_rows
+from stages.common import CALIBRATION, data
 
 
 def read_task(name: str) -> Task:
@@ -20,3 +20,8 @@ def read_split(name: str, split: str) -> list[dict[str, Any]]:
     if split == "unlabelled" and path.exists() and path.stat().st_size == 0:
         return []
     return read_rows(path, f"run `dvc repro download@{name}`")
+
+
+def read_calibration(tokenizer: Any) -> list[Example]:
+    """The texts that compression is fitted to."""
+    return [Example(tokenizer(row["text"]).input_ids) for row in read_rows(CALIBRATION, "run `dvc repro calibration`")]

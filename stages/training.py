@@ -14,7 +14,8 @@ from calora.adapters import write_adapter
 from calora.artifacts import sha256
 from calora.cards import plain_card
 from calora.distillation import finetune
-from calora.evaluate import correct, predict
+from calora.evaluate import accuracy
+from calora.parallel import only_first_goes_on
 from calora.tasks import Task, encode_all
 from calora.training import Checkpoint, Schedule
 from stages.common import CHECKPOINTS, data
@@ -31,12 +32,7 @@ def schedule(params: Params) -> Schedule:
 def scorer(model: Any, task: Task, tokenizer: Any, params: Params) -> Callable[[], float]:
     """() -> accuracy on the validation split."""
     examples = encode_all(task, tokenizer, read_split(task.name, "validation"))
-
-    def score() -> float:
-        hits = correct(predict(model, task, tokenizer, examples, params.train.eval_batch_size), examples)
-        return sum(hits) / len(hits)
-
-    return score
+    return lambda: accuracy(model, task, tokenizer, examples, params.train.eval_batch_size)
 
 
 def run_key(params: Params, task: str, *inputs: object) -> str:
@@ -72,6 +68,7 @@ def train_lora(
         model, config, encode_all(task, tokenizer, read_split(task.name, "train")), scorer(model, task, tokenizer, params),
         batch_size=params.train.batch_size, schedule=schedule(params), seed=params.seed, checkpoint=saved, title=str(folder),
     )  # fmt: skip
+    only_first_goes_on()
     adapter.meta = dict(meta or {})
     card = plain_card(task, str(base))
     write_adapter(folder, adapter, str(base), card, model.dtype, {"history.json": history.to_json()})

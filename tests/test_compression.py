@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PhiConfig,
 
 import calora
 import calora.plugin  # from_pretrained then knows our format
+from calora.adapters import Adapter, attach_adapter, inject, lora_config, lora_state, set_active
 from calora.artifacts import bytes_on_disk, read_json, write_json
 from calora.calibrate import linear_layers
 from calora.codes import (
@@ -28,6 +29,7 @@ from calora.compression.prune import keep_highest, keep_n_of_m
 from calora.compression.sweep import cut, inverse_factor, round_to
 from calora.errors import CaloraError
 from calora.experts import ExpertLinear
+from calora.inheritance import random_bypasses
 from calora.layout import dense_weight, prepare
 from calora.models import load_model
 from calora.nf4 import Nf4Linear
@@ -69,6 +71,20 @@ def calibration(toy):
 def wide(tmp_path, kind="llama"):
     """A base whose widths hold whole groups of 32 inputs."""
     return make_model(kind, tmp_path / "base", hidden=64, inner=64)
+
+
+def some_adapter(model):
+    """A LoRA and a bypass beside every linear layer, of random values."""
+    generator, layers = torch.Generator().manual_seed(0), linear_layers(model)
+    config = lora_config(4, 4, sorted({name.rsplit(".", 1)[-1] for name in layers}))
+    whole = copy.deepcopy(model)
+    inject(whole, config)
+
+    def drawn(tensors):
+        return {key: 0.05 * torch.randn(t.shape, generator=generator).to(t.dtype) for key, t in tensors.items()}
+
+    recovery = drawn(random_bypasses(layers, 4, "gelu"))
+    return Adapter(config, drawn(lora_state(whole)), recovery, {"activation": "gelu"})
 
 
 def test_int8_codes_are_those_of_bitsandbytes():
@@ -268,6 +284,13 @@ def test_recipe_round_trip(tmp_path, calibration, kind, name):
         # bf16 rounds at 2^-8; kernels sum in another order than a dense product
         torch.testing.assert_close(packed(**inputs).logits, expected, rtol=3e-2, atol=3e-2)
         torch.testing.assert_close(plain(**inputs).logits, expected, rtol=3e-2, atol=3e-2)
+        adapter = some_adapter(dense)
+        for each in (packed, dense):
+            attach_adapter(each, adapter, "a")
+            set_active(each, "a")
+        adapted = dense(**inputs).logits
+        torch.testing.assert_close(packed(**inputs).logits, adapted, rtol=3e-2, atol=3e-2)
+        assert not torch.allclose(adapted, expected, rtol=3e-2, atol=3e-2)
     method = getattr(plain.config, "quantization_config", None)
     assert (method and str(getattr(method.quant_method, "value", method.quant_method))) == METHODS.get(
         (name, kind), "calora"

@@ -8,7 +8,7 @@ from calora.adapters import inject, lora_config, lora_state, set_active
 from calora.batching import epoch_batches, equal_length_batches, length_batches
 from calora.distillation import answer_divergence, finetune, hidden_distance, task_loss, trainable
 from calora.errors import CaloraError
-from calora.evaluate import correct, predict
+from calora.evaluate import accuracy
 from calora.models import DecoderOnly, family_of, load_model, load_tokenizer
 from calora.progress import progress
 from calora.targets import Targets, write_targets
@@ -64,8 +64,7 @@ def run(llama, checkpoint=None, stop_at=None):
         if stop_at is not None and len(seen) == stop_at:
             raise KeyboardInterrupt
         seen.append(1)
-        hits = correct(predict(model, TASK, tokenizer, examples, 8), examples)
-        return sum(hits) / len(hits)
+        return accuracy(model, TASK, tokenizer, examples, 8)
 
     config = lora_config(4, 2, ["q_proj", "k_proj"])
     adapter, history = finetune(
