@@ -5,6 +5,7 @@ Tensor names and layouts of dense int8 and int4 weights are those of compressed-
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,12 +40,17 @@ class Grid:
         scale, zero = self._spread(codes.shape[1])
         return (codes.float() - zero) * scale
 
-    def column(self, weight: Tensor, index: int, width: int) -> Tensor:
-        """Values [out] of input `index` (of `width`) rounded to the grid, fp32."""
-        place = index * self.scale.shape[1] // width
-        scale = self.scale[:, place].float()
-        zero = 0.0 if self.zero is None else self.zero[:, place].float()
+    def column(self, weight: Tensor) -> Tensor:
+        """Values [out] of one input, rounded to the grid of its group (there is no other in this grid), fp32."""
+        scale = self.scale[:, 0].float()
+        zero = 0.0 if self.zero is None else self.zero[:, 0].float()
         return (_round(weight / scale + zero, self.bits) - zero) * scale
+
+    @classmethod
+    def of_groups(cls, grids: Sequence[Grid]) -> Grid:
+        """The grids of single groups, side by side."""
+        zeros = [grid.zero for grid in grids if grid.zero is not None]
+        return cls(torch.cat([grid.scale for grid in grids], 1), torch.cat(zeros, 1) if zeros else None, grids[0].bits)
 
     def of_rows(self, rows: slice) -> Grid:
         """The grid of some rows."""

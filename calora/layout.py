@@ -42,8 +42,13 @@ def restore(old: nn.Module, entry: Mapping[str, Any], tensors: Mapping[str, Tens
         return layer.requires_grad_(False)
     if entry["kind"] == "dense":
         return dense_layer(tensors["weight"], tensors.get("bias"))
+    return packed(entry).restore(tensors)
+
+
+def packed(entry: Mapping[str, Any]) -> PackedLinear:
+    """A packed layer, still without its tensors."""
     packing = Packing(entry["format"], entry["sparse"], entry["group"], entry["symmetric"], entry["outliers"])
-    return PackedLinear(entry["in"], entry["out"], packing, dtype).restore(tensors)
+    return PackedLinear(entry["in"], entry["out"], packing, getattr(torch, entry["dtype"]))
 
 
 def build(
@@ -70,12 +75,7 @@ def build(
             return tensors[names[name]]
         return shared.setdefault(names[name], tensors[names[name]])
 
-    # What stays gets its room before anything that does not: else the heap would be full of holes, and half as large again.
-    rooms = {
-        layer: torch.zeros(entry["out"], entry["in"], dtype=torch.int8)
-        for layer, entry in entries.items()
-        if ready and entry.get("sparse") and entry["format"] == "int8"
-    }
+    rooms = {layer: packed(entry).room() for layer, entry in entries.items() if ready and entry["kind"] == "packed"}
     done: set[str] = set()
     for layer in sorted(entries, reverse=True):  # a feed-forward of experts comes after the layers in it
         own = [name for name in names if name.startswith(f"{layer}.") and name not in done]
@@ -85,7 +85,7 @@ def build(
             dtype: torch.dtype = getattr(torch, entries[layer]["dtype"])
             made = dense_view(made, dtype)
         elif ready and isinstance(made, PackedLinear):
-            made.prepare(rooms.pop(layer, None))
+            made.prepare(rooms.pop(layer))
         elif ready and isinstance(made, Nf4Linear | Experts):
             made.prepare()
         model.set_submodule(layer, made)
@@ -94,7 +94,10 @@ def build(
 
 def prepare(model: nn.Module) -> None:
     """Bring every packed layer, then every feed-forward of experts, into the form that a CPU computes with."""
-    for kind in ((PackedLinear, Nf4Linear), (Experts,)):
+    rooms = {module: module.room() for module in model.modules() if isinstance(module, PackedLinear)}
+    for layer in list(rooms):
+        layer.prepare(rooms.pop(layer))
+    for kind in (Nf4Linear, Experts):
         for module in list(model.modules()):
             if isinstance(module, kind):
                 module.prepare()

@@ -173,32 +173,44 @@ class PackedLinear(nn.Linear):
         """Rows `ids` of W [len(ids), in]; only a dense int8 weight can be read by rows."""
         return (self.weight.detach()[ids].float() * self.get_buffer("weight_scale")[ids].float()).to(dtype)
 
-    def prepare(self, room: Tensor | None = None) -> None:
+    def room(self) -> tuple[Tensor, ...]:
+        """Room for what `prepare` makes: codes of a sparse int8 layer, or layout and scales of torch's int4 kernel.
+
+        To be taken for all layers before any is prepared: what is made in between would leave holes in the heap.
+        """
+        packing, shape = self.packing, (self.out_features, self.in_features)
+        if self.dtype != torch.bfloat16:
+            return ()
+        if packing.format == "int8":
+            return (torch.zeros(shape, dtype=torch.int8),) if packing.sparse else ()
+        if packing.format != "int4" or shape[1] % 2 or shape[0] % 16 or packing.group not in (32, 64, 128, 256):
+            return ()
+        layout = torch.empty(shape[0], shape[1] // 2, dtype=torch.uint8)
+        return layout, torch.empty(shape[1] // packing.group, shape[0], 2, dtype=self.dtype)
+
+    def prepare(self, room: tuple[Tensor, ...]) -> None:
         """Change to the form that a CPU computes with fastest: dense int8 codes, or torch's int4 layout.
 
         Sparse codes are filled up with zeros: a CPU has no kernel for them. The stored form is given up.
 
         Args:
-            room: int8 [out, in] of zeros, for the codes of a sparse int8 layer.
+            room: of `room()`.
         """
-        packing = self.packing
-        if packing.format == "int8" and not packing.sparse:
+        if self.packing.format == "int8" and not self.packing.sparse:
             self.weight = nn.Parameter(aligned(self.weight.detach()), requires_grad=False)
-        if self.dtype != torch.bfloat16 or packing.format == "native":
+        if not room:
             return
-        if packing.format == "int8":
-            if packing.sparse:
-                self.weight = nn.Parameter(self.codes(room), requires_grad=False)
-                self.packing = replace(packing, sparse=False)
-                del self.mask
+        if self.packing.format == "int8":
+            self.weight = nn.Parameter(self.codes(room[0]), requires_grad=False)
+            self.packing = replace(self.packing, sparse=False)
+            del self.mask
             return
-        if self.in_features % 2 or self.out_features % 16 or packing.group not in (32, 64, 128, 256):
-            return
+        layout, scales = room
         grid = self.grid
-        layout = torch._convert_weight_to_int4pack_for_cpu((self.codes() + 8).int(), 1)
-        scale = grid.scale.T
-        shift = torch.zeros_like(scale) if grid.zero is None else -(grid.zero.T.float() * scale.float()).to(scale.dtype)
-        self.kernel = (layout, torch.stack([scale, shift], dim=-1).contiguous())
+        layout.copy_(torch._convert_weight_to_int4pack_for_cpu((self.codes() + 8).int(), 1))
+        scales[..., 0] = grid.scale.T
+        scales[..., 1] = 0 if grid.zero is None else -(grid.zero.float() * grid.scale.float()).T
+        self.kernel = room
         for name in list(self._buffers):
             delattr(self, name)
 

@@ -1,6 +1,7 @@
 """Compression: patterns are what they say, codes are those of the reference libraries, packed equals dense, bytes are what is on disk."""
 
 import copy
+import functools
 
 import bitsandbytes as bnb
 import pytest
@@ -163,22 +164,32 @@ def lost(weight, new, x):
     return float(((weight - new) @ x.T).square().sum())
 
 
-def test_sweep_is_the_greedy_optimum_of_its_papers():
+def to_int4(group):
+    return functools.partial(fit_grid, bits=4, group=group, symmetric=True, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("group", [8, 32])
+def test_sweep_is_the_greedy_optimum_of_its_papers(group):
     """Against the equations applied naively: the inverse of the remaining Hessian, anew at every column."""
     weight, x = correlated()
     moment = x.T @ x
     hessian = moment.double() + 0.01 * moment.diagonal().mean() * torch.eye(len(moment), dtype=torch.float64)
-    grid = fit_grid(weight, 4, 32, True, torch.float32)
-    order = moment.diagonal().argsort(descending=True).tolist()
+    size = moment.diagonal().tolist()
+    groups = [list(range(start, start + group)) for start in range(0, 32, group)]
+    groups.sort(key=lambda inputs: -sum(size[i] for i in inputs))
+    order = [i for inputs in groups for i in sorted(inputs, key=lambda i: -size[i])]
     naive, left = weight.double().clone(), list(order)
-    for column in order:
+    for turn, column in enumerate(order):
         inverse = torch.linalg.inv(hessian[left][:, left])
-        new = grid.column(naive[:, column].float(), column, 32).double()
+        if turn % group == 0:
+            grid = to_int4(group)(naive[:, groups[turn // group]].float())
+        new = grid.column(naive[:, column].float()).double()
         error = (naive[:, column] - new) / inverse[0, 0]
         naive[:, left] -= error.unsqueeze(1) * inverse[0].unsqueeze(0)
         naive[:, column] = new
         left = left[1:]
-    ours = round_to(weight, moment, grid, None)
+    ours, grid = round_to(weight, moment, to_int4(group), group)
+    torch.testing.assert_close(grid.decode(grid.encode(ours)), ours)
     # A value that falls near the middle between two codes may go the other way in fp32.
     assert float(((ours - naive.float()).abs() > 1e-3).float().mean()) < 0.02
     factor = inverse_factor(moment).double()
@@ -188,10 +199,9 @@ def test_sweep_is_the_greedy_optimum_of_its_papers():
 def test_gptq_beats_nearest_and_sparsegpt_beats_wanda_beats_magnitude():
     weight, x = correlated()
     x *= 10 ** torch.rand(32)  # inputs of unlike size, as in a real model
-    moment, grid = x.T @ x, fit_grid(weight, 4, 32, True, torch.float32)
-    assert lost(weight, round_to(weight, moment, grid, None), x) < 0.7 * lost(
-        weight, grid.decode(grid.encode(weight)), x
-    )
+    moment, grid = x.T @ x, to_int4(8)(weight)
+    rounded, _ = round_to(weight, moment, to_int4(8), 8)
+    assert lost(weight, rounded, x) < 0.7 * lost(weight, grid.decode(grid.encode(weight)), x)
     new, keep = cut(weight, moment, lambda score: keep_n_of_m(score, 2, 4), 4)
     assert torch.equal(new != 0, keep)
     wanda = lost(weight, weight * keep_n_of_m(weight.abs() * moment.diagonal().sqrt(), 2, 4), x)
@@ -202,7 +212,7 @@ def test_gptq_beats_nearest_and_sparsegpt_beats_wanda_beats_magnitude():
 def test_gptq_leaves_what_was_pruned_at_zero():
     weight, x = correlated()
     keep = torch.rand(weight.shape) > 0.5
-    rounded = round_to(weight * keep, x.T @ x, fit_grid(weight * keep, 4, 32, True, torch.float32), keep)
+    rounded, _ = round_to(weight * keep, x.T @ x, to_int4(8), 8, keep)
     assert not bool(rounded[~keep].any())
 
 
@@ -236,7 +246,7 @@ def test_packing_stores_the_values_it_was_given(format, sparse, symmetric):
         reference = nn.functional.linear(x, values, layer.bias)
         # bf16 rounds at 2^-8; an asymmetric zero times its scale is rounded to bf16 in the kernel too
         torch.testing.assert_close(again(x), reference, rtol=2e-2, atol=2e-2)
-    again.prepare()
+    again.prepare(again.room())
     for rows in (1, 3, 40):
         x = torch.randn(rows, 64, dtype=torch.bfloat16)
         torch.testing.assert_close(again(x), nn.functional.linear(x, values, layer.bias), rtol=2e-2, atol=3e-2)

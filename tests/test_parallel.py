@@ -27,10 +27,10 @@ from tests.conftest import TASK, toy_rows
 
 folder = Path(sys.argv[1])
 tokenizer = load_tokenizer(folder)
-examples = encode_all(TASK, tokenizer, toy_rows(25, 1))
+examples, scored = (encode_all(TASK, tokenizer, toy_rows(count, 1)) for count in (24, 25))
 model = load_model(folder, torch.float32, attention="eager")
 adapter, history = finetune(
-    model, lora_config(4, 2, ["q_proj", "k_proj"]), examples, lambda: accuracy(model, TASK, tokenizer, examples, 8),
+    model, lora_config(4, 2, ["q_proj", "k_proj"]), examples, lambda: accuracy(model, TASK, tokenizer, scored, 8),
     batch_size=4, schedule=Schedule(8, 5e-3, 2, 1.0, 4, 30.0), seed=0,
 )
 norms = {name: float(value.norm()) for name, value in adapter.lora.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,9 +106,11 @@ def _packed(group: dict[str, nn.Linear], moment: Tensor, largest: Tensor, option
     outliers = (largest >= options.outliers).nonzero().flatten() if options.outliers else None
     inliers = weight if outliers is None else weight.clone().index_fill_(1, outliers, 0)
     span = options.group or layers[0].in_features
-    grid = fit_grid(inliers, BITS[options.format], span, options.symmetric, dtype)
-    if options.rounding == "gptq":
-        rounded = round_to(inliers, moment, grid, keep)
+    fit = partial(fit_grid, bits=BITS[options.format], group=span, symmetric=options.symmetric, dtype=dtype)
+    if options.rounding == "nearest":
+        grid = fit(inliers)
+    else:
+        rounded, grid = round_to(inliers, moment, fit, span, keep)
         weight = rounded if outliers is None else rounded.index_copy_(1, outliers, weight[:, outliers])
     packing = Packing(
         options.format, keep is not None, span, options.symmetric, 0 if outliers is None else len(outliers)
