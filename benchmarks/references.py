@@ -77,6 +77,7 @@ def ours() -> Iterator[tuple[str, Callable[[], Weights]]]:
 
     for name, step in {
         "int8": {"quantize": {"format": "int8"}},
+        "int8, GPTQ": {"quantize": {"format": "int8", "rounding": "gptq"}},
         "nf4": {"quantize": {"format": "nf4"}},
         "int4 group 64, nearest": {"quantize": {"format": "int4", "group": 64}},
         "int4 group 64, GPTQ": {"quantize": {"format": "int4", "group": 64, "rounding": "gptq"}},
@@ -86,6 +87,10 @@ def ours() -> Iterator[tuple[str, Callable[[], Weights]]]:
         "2:4 magnitude": {"prune": {"score": "magnitude", "pattern": "2:4"}},
         "2:4 Wanda": {"prune": {"score": "wanda", "pattern": "2:4"}},
         "2:4 SparseGPT": {"prune": {"score": "sparsegpt", "pattern": "2:4"}},
+        "half, SparseGPT": {"prune": {"score": "sparsegpt", "pattern": "unstructured", "sparsity": 0.5}},
+        "half, SparseGPT, OWL": {
+            "prune": {"score": "sparsegpt", "pattern": "unstructured", "sparsity": 0.5, "allocation": "owl"}
+        },
     }.items():
         yield name, lambda step=step: made(step)
 

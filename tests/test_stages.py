@@ -23,7 +23,7 @@ from tests.conftest import ROOT, change, make_project
 STAGES = (
     ("base",), ("download", "toy"), ("calibration",), ("teacher", "toy"), ("compress", "q8_up"),
     ("inherit", "toy", "q8_up"), ("baseline", "toy", "q8_up", "clm_lora"), ("baseline", "toy", "q8_up", "clm_lora_qk"),
-    ("small", "toy"), ("reference", "toy"), ("distill", "toy", "q8_up"), ("evaluate", "toy", "q8_up"), ("report",),
+    ("small", "toy"), ("reference", "toy"), ("distill", "toy", "q8_up"), ("controls", "toy", "q8_up"), ("evaluate", "toy", "q8_up"), ("report",),
 )  # fmt: skip
 
 

@@ -1,0 +1,46 @@
+"""Score what CA-LoRA is compared with on one compressed base: the base alone, and the fresh LoRAs.
+
+Apart from `evaluate`, so that another alpha or start scores none of it again. Reads models/compressed/<recipe>, the two
+fresh LoRAs for it, data/<task>; writes results/<task>/<recipe>/controls.json.
+"""
+
+from __future__ import annotations
+
+from calora.adapters import lora_bytes, read_adapter
+from calora.artifacts import bytes_on_disk, write_json
+from calora.compressed import Compressed, load
+from calora.recovery import activate
+from calora.tasks import Task
+from stages.common import adapter, compressed, results, run
+from stages.config import Params
+from stages.scoring import Scored, score_test
+from stages.splits import read_task
+
+LORAS = ("clm_lora", "clm_lora_qk")
+
+
+def main(params: Params, name: str, recipe: str) -> None:
+    """`clm`, `clm_lora` and `clm_lora_qk`."""
+    task, model = read_task(name), load(compressed(recipe), dense=True, attention="eager")
+    size = bytes_on_disk(compressed(recipe))
+    methods: dict[str, Scored] = {"clm": score_test(model, task, model.calora_tokenizer, params, "clm", size, 0)}
+    methods |= {method: score_adapter(model, task, params, recipe, method, method) for method in LORAS}
+    write_json(results(name, recipe, "controls.json"), methods)
+
+
+def score_adapter(
+    model: Compressed, task: Task, params: Params, recipe: str, method: str, folder: str, lora_alone: bool = False
+) -> Scored:
+    """An adapter of a compressed base, loaded back from disk; `lora_alone`: without its bypass, as it was inherited."""
+    path = adapter(folder, task.name, recipe)
+    model.load_adapter(path, method)
+    model.set_adapter(method)
+    if lora_alone:
+        activate(model, None)
+    own, parameters = (lora_bytes(path), 0) if lora_alone else (bytes_on_disk(path), read_adapter(path).parameters)
+    size = bytes_on_disk(compressed(recipe)) + own
+    return score_test(model, task, model.calora_tokenizer, params, method, size, parameters)
+
+
+if __name__ == "__main__":
+    run(main)
