@@ -51,7 +51,7 @@ def round_to(
 
     Groups of inputs go in the order of their falling mean H_jj, and so do the inputs of each (GPTQModel's `act_group_aware`).
     A group's grid is fitted when its turn comes, to what the errors of the earlier ones have made of its weights: on
-    a grid that was fitted before, int4 loses a third more perplexity (docs/compression.md).
+    grids that were fitted before, symmetric int4 loses half as much again (docs/compression.md).
 
     Args:
         fit: weights [out, group] -> their grid.
