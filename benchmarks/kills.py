@@ -19,6 +19,7 @@ from pipeline.checkout import commit_of, experiments, git
 from pipeline.compare import files_of
 from tests.toyproject import left, make_toy, processes, start_run
 
+GONE = 10  # seconds until no process of a killed run may be left
 VICTIMS = {"flow": "flow.ca_lora", "dvc": "-m dvc repro", "stage": "stages/", "server": "prefect server"}
 
 
@@ -38,7 +39,7 @@ def round_of(root: Path, number: int, dice: random.Random) -> str:
         os.kill(pid, signal.SIGKILL)
     began = time.monotonic()
     process.wait(60)
-    while processes(root) and time.monotonic() < began + 30:
+    while processes(root) and time.monotonic() < began + GONE:
         time.sleep(0.1)
     took = time.monotonic() - began
     assert not processes(root), processes(root)
