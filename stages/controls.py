@@ -16,7 +16,7 @@ from stages.config import Params
 from stages.scoring import Scored, score_test
 from stages.splits import read_task
 
-LORAS = ("clm_lora", "clm_lora_qk")
+ADAPTERS = {"clm_inherited": "inherited", "clm_lora": "clm_lora", "clm_lora_qk": "clm_lora_qk", "clm_calora": "calora"}
 
 
 def main(params: Params, name: str, recipe: str) -> None:
@@ -24,20 +24,21 @@ def main(params: Params, name: str, recipe: str) -> None:
     task, model = read_task(name), load(compressed(recipe), dense=True, attention="eager")
     size = bytes_on_disk(compressed(recipe))
     methods: dict[str, Scored] = {"clm": score_test(model, task, model.calora_tokenizer, params, "clm", size, 0)}
-    methods |= {method: score_adapter(model, task, params, recipe, method, method) for method in LORAS}
+    for method in ("clm_lora", "clm_lora_qk"):
+        methods[method] = score_adapter(model, task, params, recipe, method)
     write_json(results(name, recipe, "controls.json"), methods)
 
 
-def score_adapter(
-    model: Compressed, task: Task, params: Params, recipe: str, method: str, folder: str, lora_alone: bool = False
-) -> Scored:
-    """An adapter of a compressed base, loaded back from disk; `lora_alone`: without its bypass, as it was inherited."""
-    path = adapter(folder, task.name, recipe)
+def score_adapter(model: Compressed, task: Task, params: Params, recipe: str, method: str) -> Scored:
+    """An adapter of a compressed base, loaded back from disk."""
+    path = adapter(ADAPTERS[method], task.name, recipe)
     model.load_adapter(path, method)
     model.set_adapter(method)
-    if lora_alone:
+    if method == "clm_inherited":  # the adapter as it was trained on the LLM, without the bypass
         activate(model, None)
-    own, parameters = (lora_bytes(path), 0) if lora_alone else (bytes_on_disk(path), read_adapter(path).parameters)
+        own, parameters = lora_bytes(path), 0
+    else:
+        own, parameters = bytes_on_disk(path), read_adapter(path).parameters
     size = bytes_on_disk(compressed(recipe)) + own
     return score_test(model, task, model.calora_tokenizer, params, method, size, parameters)
 

@@ -13,11 +13,9 @@ from calora.compressed import load
 from calora.metrics import mean_interval, paired_difference, recovered_share
 from stages.common import adapter, compressed, results, run
 from stages.config import Params
-from stages.controls import score_adapter
+from stages.controls import ADAPTERS, score_adapter
 from stages.scoring import Scored
 from stages.splits import read_task
-
-TRAINED = {"clm_lora": "clm_lora", "clm_lora_qk": "clm_lora_qk", "clm_calora": "calora"}  # method -> folder
 
 
 def main(params: Params, name: str, recipe: str) -> None:
@@ -26,14 +24,15 @@ def main(params: Params, name: str, recipe: str) -> None:
     methods: dict[str, Scored] = {
         **read_json(results(name, "reference.json"), f"run `dvc repro reference@{name}`"),
         **read_json(results(name, recipe, "controls.json"), f"run `dvc repro controls@{name}-{recipe}`"),
-        "clm_inherited": score_adapter(model, task, params, recipe, "clm_inherited", "inherited", lora_alone=True),
-        "clm_calora": score_adapter(model, task, params, recipe, "clm_calora", "calora"),
     }
+    for method in ("clm_inherited", "clm_calora"):
+        methods[method] = score_adapter(model, task, params, recipe, method)
     answers = {method: {key: scored[key] for key in ("answers", "correct")} for method, scored in methods.items()}
     made_by = f"run `dvc repro distill@{name}-{recipe}`"
     curves = {
         method: read_json(adapter(folder, name, recipe) / "history.json", made_by)["scores"]
-        for method, folder in TRAINED.items()
+        for method, folder in ADAPTERS.items()
+        if folder != "inherited"
     }
     metrics = summary(methods, params.evaluate.draws, params.seed)
     with whole_directory(adapter("evaluated", name, recipe)) as scratch:
