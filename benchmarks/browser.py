@@ -1,4 +1,4 @@
-"""The Prefect UI as a person uses it: fill in the form, run, look at the artifacts, have a value refused, cancel a run.
+"""The Prefect UI as a person uses it: fill in the form, run, look at the artifacts, have a value refused, cancel a run, schedule one.
 
 `python -m benchmarks.browser [folder for pictures]` beside a running `make ui PORT=4300`, after `make run`, with Chromium and its
 driver (Debian: `apt install chromium chromium-driver`) and `pip install selenium`. The cancelled run trains with another alpha.
@@ -80,6 +80,21 @@ class Browser:
         self.press("Submit")
         self.keep(f"{name}-submitted")
 
+    def schedule(self, cron: str) -> None:
+        """A cron schedule, set on the deployment's page."""
+        self.see(f"deployments/deployment/{self.deployment}", "deployment")
+        self.press("Schedule")
+        self.press("Cron")
+        self.fill("value", cron)
+        self.keep("schedule")
+        self.press("Save")
+
+    def unschedule(self) -> None:
+        """Remove every schedule of the deployment."""
+        for schedule in api(f"/deployments/{self.deployment}")["schedules"]:
+            place = f"{SERVER}/api/deployments/{self.deployment}/schedules/{schedule['id']}"
+            urllib.request.urlopen(urllib.request.Request(place, method="DELETE")).close()
+
     def run_of(self, name: str) -> dict[str, Any] | None:
         """The newest run of this name."""
         runs = api("/flow_runs/filter", {"sort": "EXPECTED_START_TIME_DESC", "limit": 50})
@@ -122,10 +137,17 @@ def main() -> None:
     browser.see(f"runs/flow-run/{run['id']}", "running")
     browser.press("Cancel")
     clicked = time.monotonic()
-    browser.press("Cancel")
+    browser.press("Confirm")
     browser.wait("cancelled", ("CANCELLED",), 60)
     print(f"cancelled {time.monotonic() - clicked:.1f} s after the click")
     browser.see(f"runs/flow-run/{run['id']}", "cancelled")
+
+    browser.schedule("* * * * *")
+    run = browser.wait("run", OVER, 180)
+    assert run["auto_scheduled"] and run["state"]["type"] == "COMPLETED", run["state"]
+    print(f"a run of the schedule: due {run['expected_start_time']}, began {run['start_time']}")
+    browser.see(f"deployments/deployment/{browser.deployment}", "scheduled")
+    browser.unschedule()
     browser.driver.quit()
 
 

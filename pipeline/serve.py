@@ -2,9 +2,18 @@
 
 import sys
 
+from prefect import serve
+from prefect.deployments.runner import RunnerDeployment
+
 from pipeline.flow import ca_lora
 
+
+def deployment() -> RunnerDeployment:
+    """The deployment, silent on its schedules and on pausing: what was set in the UI outlives a restart."""
+    local: RunnerDeployment = ca_lora.to_deployment("local", tags=["dvc"])
+    local.model_fields_set.difference_update({"schedules", "paused"})  # else Prefect sends its own, [] and False
+    return local
+
+
 if __name__ == "__main__":
-    ca_lora.serve(
-        name="local", limit=int(sys.argv[1]), pause_on_shutdown=False, print_starting_message=False, tags=["dvc"]
-    )
+    serve(deployment(), limit=int(sys.argv[1]), pause_on_shutdown=False, print_starting_message=False)

@@ -22,6 +22,7 @@ from pipeline.checkout import checkout, commit_of, experiments, git, resumable, 
 from pipeline.compare import files_of, flat
 from pipeline.graph import StageFailed, run_stage, stages, unchanged, with_needed
 from pipeline.process import Processes, Stopped
+from pipeline.serve import deployment as local_deployment
 from pipeline.settings import RECIPES, ROOT, Settings, changes, write_params
 from pipeline.sweep import cells, name_of
 from tests.toyproject import FILES, left, make_toy, processes, start_run
@@ -275,7 +276,7 @@ def test_the_api_starts_a_run_and_refuses_impossible_values_by_name(project, pre
     from prefect.client.base import PrefectHttpxSyncClient
     from prefect.settings import PREFECT_API_URL
 
-    deployment = flows.ca_lora.to_deployment("local").apply()
+    deployment = local_deployment().apply()
     start = f"{PREFECT_API_URL.value()}/deployments/{deployment}/create_flow_run"
     form = flows.ca_lora.parameters.model_dump()["properties"]
     defaults = {name: field["default"] for name, field in form.items()}  # what the form sends if nothing is filled in
@@ -287,6 +288,24 @@ def test_the_api_starts_a_run_and_refuses_impossible_values_by_name(project, pre
         assert client.post(start, json={"parameters": defaults}).status_code == 201
         taken = client.post(start, json={"parameters": {"name": "alpha01", "settings": {"alpha": 0.1}}})
     assert taken.status_code == 201 and taken.json()["parameters"]["settings"] == {"alpha": 0.1}
+
+
+def test_a_schedule_set_in_the_ui_makes_runs_and_outlives_a_restart(project, prefect_api):
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.schedules import CronSchedule
+
+    deployment = local_deployment().apply()
+    with get_client(sync_client=True) as client:
+        place = f"/deployments/{deployment}"
+        cron = [{"schedule": CronSchedule(cron="0 3 * * *").model_dump(mode="json"), "active": True}]
+        client.request("POST", f"{place}/schedules", json=cron)
+        assert local_deployment().apply() == deployment  # as `make ui` does whenever it starts
+        assert [one.schedule.cron for one in client.read_deployment(deployment).schedules] == ["0 3 * * *"]
+        client.request("POST", f"{place}/schedule", json={"min_runs": 2})  # what the server's scheduler does
+        wanted = {"deployments": {"id": {"any_": [str(deployment)]}}}
+        runs = client.request("POST", "/flow_runs/filter", json=wanted).json()
+    due = [run["expected_start_time"] for run in runs if run["auto_scheduled"]]
+    assert len(due) >= 2 and all("T03:00:00" in when for when in due)
 
 
 def test_the_docs_call_of_the_api_is_this_deployment():
