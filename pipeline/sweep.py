@@ -15,7 +15,7 @@ import yaml
 from tqdm import tqdm
 
 from calora.errors import CaloraError
-from pipeline.checkout import commit_of, experiments
+from pipeline.checkout import commit_of, experiments, refuse_uncommitted
 from pipeline.settings import KEYS, Settings, checked
 
 LISTS = ("tasks", "recipes")  # each value of a sweep over these is a list of one
@@ -53,31 +53,35 @@ def settings_of(cell: Mapping[str, Any]) -> Settings:
     return checked({**values, "other": other}, "mend the sweep", KEYS)
 
 
-def name_of(title: str, cell: Mapping[str, Any]) -> str:
-    """A name that a person can read and that no other cell has."""
+def name_of(title: str, cell: Mapping[str, Any], commit: str) -> str:
+    """A name that a person can read and that no other cell has, nor the same cell of another commit."""
     told = "-".join(
         f"{key.rsplit('.', 1)[-1]}{value[0] if isinstance(value, list) else value}" for key, value in cell.items()
     )
-    digest = hashlib.sha256(json.dumps(dict(cell), sort_keys=True).encode()).hexdigest()[:4]
+    digest = hashlib.sha256(json.dumps([commit, dict(cell)], sort_keys=True).encode()).hexdigest()[:4]
     return re.sub("[^A-Za-z0-9._-]", "_", f"{title}-{told}")[:70].rstrip("._-") + f"-{digest}"
 
 
 def sweep(root: Path, title: str, wanted: Sequence[Mapping[str, Any]]) -> list[str]:
     """Run every cell that is no experiment of this commit yet; returns the names of all.
 
+    All cells are of the commit that is checked out at the start, whatever is committed meanwhile.
+
     Raises:
-        CaloraError: some failed, after the others were run.
+        CaloraError: there are uncommitted changes, or some runs failed, after the others were run.
     """
     from pipeline.flow import ca_lora
 
-    plan = {name_of(title, cell): settings_of(cell) for cell in wanted}
-    done = set(experiments(root, commit_of(root, "HEAD")))
+    refuse_uncommitted(root, "commit them, then start the sweep again")
+    commit = commit_of(root, "HEAD")
+    plan = {name_of(title, cell, commit): settings_of(cell) for cell in wanted}
+    done = set(experiments(root, commit))
     failed = []
     bar = tqdm(total=len(plan), initial=len(done & plan.keys()), desc=title, unit="run", file=sys.stderr)
     for name, settings in plan.items():
         if name in done:
             continue
-        if not ca_lora(name, settings, return_state=True).is_completed():
+        if not ca_lora(name, settings, commit, return_state=True).is_completed():
             failed.append(name)
         bar.update()
     bar.close()

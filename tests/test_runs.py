@@ -25,6 +25,7 @@ from pipeline.process import Processes, Stopped
 from pipeline.serve import deployment as local_deployment
 from pipeline.settings import RECIPES, ROOT, Settings, changes, write_params
 from pipeline.sweep import cells, name_of
+from pipeline.sweep import sweep as run_sweep
 from tests.toyproject import FILES, left, make_toy, processes, start_run
 
 
@@ -331,10 +332,36 @@ def test_dvc_plots_need_no_network(project):
 def test_a_sweep_has_every_combination_under_names_of_their_own():
     found = cells(["distill.alpha=0.01,0.05", "recipes=q8,nf4"])
     assert len(found) == 4 and found[0] == {"distill.alpha": 0.01, "recipes": ["q8"]}
-    assert len({name_of("sweep", cell) for cell in found}) == 4
+    assert len({name_of("sweep", cell, commit) for cell in found for commit in ("a", "b")}) == 8
     for bad in ("alpha", "alpha=", "=1"):
         with pytest.raises(CaloraError, match="sweep"):
             cells([bad])
+
+
+def test_a_sweep_runs_what_is_no_experiment_yet_and_all_of_it_at_one_commit(project, prefect_api, monkeypatch):
+    began = []
+    flow = flows.ca_lora
+
+    def note(name, settings, commit, **more):
+        began.append((settings.other["number"], commit))
+        (project / "later.txt").write_text(name)  # somebody goes on working, and commits
+        git(project, "add", "later.txt")
+        git(project, "commit", "--quiet", "--message", "meanwhile")
+        return flow(name, settings, commit, **more)
+
+    monkeypatch.setattr(flows, "ca_lora", note)
+    first = commit_of(project, "HEAD")
+    run_sweep(project, "sweep", cells(["number=4"]))
+    assert began == [(4, first)]
+    git(project, "reset", "--quiet", "--hard", first)
+    names = run_sweep(project, "sweep", cells(["number=4,5,6"]))
+    assert began[1:] == [(5, first), (6, first)] and list(experiments(project, first)) == names
+    squares = [json.loads(files_of(project, name)("results/summary.json"))["toy"]["a"]["square"] for name in names]
+    assert squares == [16, 25, 36]
+    assert not set(run_sweep(project, "sweep", cells(["number=4"]))) & set(names)  # of another commit
+    (project / "params.yaml").write_text("number: 1\n")
+    with pytest.raises(CaloraError, match=r"params.yaml.*commit them"):
+        run_sweep(project, "sweep", cells(["number=7"]))
 
 
 def test_parameters_are_compared_leaf_by_leaf():
