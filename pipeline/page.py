@@ -18,10 +18,11 @@ from stages.tables import Table, of_methods, of_runs
 
 INK = "#010203"  # stands for the colour of the page's text, which a viewer's light or dark setting decides
 LOOK = {
-    "svg.fonttype": "none", "font.family": "sans-serif", "savefig.transparent": True, "svg.hashsalt": "calora",
+    "svg.fonttype": "none", "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "savefig.transparent": True, "svg.hashsalt": "calora",
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color"), INK),
     "legend.facecolor": "none", "legend.edgecolor": INK, "legend.framealpha": 0,
 }  # fmt: skip
+DETAILED = 24  # runs, tasks and recipes counted apart: with the figures of each, the page has 2.4 MB then
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1b; --paper: #ffffff; --line: #c8c8c8; --soft: #f3f3f3 }
 @media (prefers-color-scheme: dark) { :root { --ink: #e8e8e8; --paper: #16181b; --line: #45484d; --soft: #22252a } }
@@ -57,28 +58,44 @@ def page(experiments: Mapping[str, Experiment]) -> str:
     parts = ["<h1>CA-LoRA: results</h1>"]
     if any(one.params for one in experiments.values()):
         parts.append(table_html(of_params(experiments)))
+    runs = sum(len(recipes) for one in experiments.values() for recipes in one.found.values())
     for task in dict.fromkeys(task for one in experiments.values() for task in one.found):
-        parts += of_task(task, {name: one.found[task] for name, one in experiments.items() if task in one.found})
+        rows = rows_of({name: one.found[task] for name, one in experiments.items() if task in one.found})
+        parts += of_task(task, rows, "recipe" if len(experiments) == 1 else "experiment: recipe")
+        if runs <= DETAILED:
+            parts += of_each(task, rows)
+    if runs > DETAILED:
+        parts.append(
+            f"<p>No figures of single runs: there are {runs}, more than {DETAILED}. Compare fewer to see them.</p>"
+        )
     size = '<meta name="viewport" content="width=device-width, initial-scale=1">'
     head = f'<meta charset="utf-8">{size}<title>CA-LoRA: results</title><style>{STYLE}</style>'
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
 
 
-def of_task(task: str, experiments: Mapping[str, Mapping[str, Found]]) -> Iterator[str]:
-    """The parts of one task: all rows together, then each experiment and recipe on its own."""
-    alone = len(experiments) == 1
-    rows = {
-        recipe if alone else f"{name}: {recipe}": found
+def rows_of(experiments: Mapping[str, Mapping[str, Found]]) -> dict[str, Found]:
+    """What experiments found on one task, under the name of the recipe, and of the experiment where there are several."""
+    return {
+        recipe if len(experiments) == 1 else f"{name}: {recipe}": found
         for name, recipes in experiments.items()
         for recipe, found in recipes.items()
     }
+
+
+def of_task(task: str, rows: Mapping[str, Found], first_column: str) -> Iterator[str]:
+    """All rows of one task together."""
     metrics = {row: found.metrics for row, found in rows.items()}
     yield f"<h2>{escape(task)}</h2>"
-    yield table_html(of_runs("Before and after CA-LoRA", "recipe" if alone else "experiment: recipe", metrics))
+    yield table_html(of_runs("Before and after CA-LoRA", first_column, metrics))
     yield pair(
         figure_html(partial(plots.recipes_against_bytes, metrics, task), "Each recipe: inherited LoRA to CA-LoRA."),
         figure_html(partial(plots.front, metrics, task), "Every method; the line is the best accuracy for the bytes."),
     )
+
+
+def of_each(task: str, rows: Mapping[str, Found]) -> Iterator[str]:
+    """Each row of one task on its own."""
+    drawn: dict[str, str] = {}  # layer errors -> the row that shows them: runs that start alike share them
     for row, found in rows.items():
         title = f"{task}, {row}"
         yield f"<section>{table_html(of_methods(row, found.metrics))}"
@@ -86,9 +103,12 @@ def of_task(task: str, experiments: Mapping[str, Mapping[str, Found]]) -> Iterat
             figure_html(partial(plots.accuracy_against_bytes, found.metrics, title), "Methods, 95 % intervals."),
             figure_html(partial(plots.convergence, found.curves, title), "Validation accuracy while training."),
         )
-        if found.errors:
+        same = drawn.setdefault(repr(found.errors), row)
+        if found.errors and same == row:
             told = "Relative error of each layer's output on the teacher's inputs, and what the start of the bypass leaves of it."
             yield figure_html(partial(plots.layer_errors, found.errors, title), told)
+        elif found.errors:
+            yield f"<p>Errors of the layers: as in {escape(same)}.</p>"
         yield "</section>"
 
 
@@ -100,8 +120,8 @@ def pair(*figures: str) -> str:
 def of_params(experiments: Mapping[str, Experiment]) -> Table:
     """The parameters that differ between experiments."""
     keys = sorted({key for one in experiments.values() for key in one.params})
-    table = Table("Parameters that differ", ["parameter", *experiments], set(range(len(experiments) + 1)))
-    table.rows = [[key, *(str(one.params.get(key, "")) for one in experiments.values())] for key in keys]
+    table = Table("Parameters that differ", ["experiment", *keys], set(range(len(keys) + 1)))
+    table.rows = [[name, *(str(one.params.get(key, "")) for key in keys)] for name, one in experiments.items()]
     return table
 
 
@@ -127,6 +147,7 @@ def figure_html(draw: Callable[[], Figure], caption: str) -> str:
         draw().savefig(file, format="svg", metadata={"Date": None})
     svg = re.sub(r"^.*?(?=<svg)", "", file.getvalue(), flags=re.S)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    svg = re.sub(r">\s+<", "><", svg)
     for ink in (INK, plots.BLACK, "#000000"):
         svg = svg.replace(ink, "currentColor")
     svg = svg.replace("<svg ", f'<svg role="img" aria-label="{escape(caption)}" ', 1)

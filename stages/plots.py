@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 BYTES = "MB on disk (base and adapter)"
+LABELLED = 12  # points: the names of more would lie on each other
 BLACK = "#010101"  # told apart from SVG's default, which nobody writes
 # In the table's order: label, colour and marker.
 METHODS = {
@@ -64,7 +65,8 @@ def recipes_against_bytes(found: dict[str, Any], task: str) -> Figure:
         for place, method in ((before, "clm_inherited"), (after, "clm_calora")):
             label, colour, marker = METHODS[method]
             axes.plot(*place, marker, ms=9, color=colour, label=label)
-        axes.annotate(recipe, after, xytext=(8, -3), textcoords="offset points", fontsize=8)
+        if len(found) <= LABELLED:
+            axes.annotate(recipe, after, xytext=(8, -3), textcoords="offset points", fontsize=8)
     axes.set(xlabel=BYTES, ylabel="test accuracy", title=f"{task}: before and after CA-LoRA")
     axes.margins(y=0.12)
     legend_once(figure, axes)
@@ -103,6 +105,7 @@ def layer_errors(errors: dict[str, list[float]], title: str) -> Figure:
         axes.plot([after for _, after in pairs], color=METHODS["clm_calora"][1], label="after")
         axes.set_title(kind, fontsize=9)
         axes.set_xlabel("block", fontsize=8)
+        axes.locator_params(axis="x", nbins=3, integer=True)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("relative error", fontsize=8)
     panels[0].legend(fontsize=7)

@@ -1,0 +1,106 @@
+"""Experiments side by side: the table in the terminal, the page of results, and what a run shows in Prefect's UI."""
+
+import json
+import re
+
+import pytest
+import yaml
+from rich.console import Console
+
+from calora.errors import CaloraError
+from pipeline import compare as comparing
+from pipeline.compare import compare, differing, overview, read_experiment
+from pipeline.page import DETAILED, Experiment, page
+from pipeline.show import difference
+from stages.plots import METHODS
+
+LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def results(score: float) -> dict[str, dict]:
+    """The files of one task and recipe whose CA-LoRA has this accuracy, as `evaluate` and `inherit` write them."""
+    methods = {
+        name: {"accuracy": score - gap / 100, "ci": [score - gap / 100 - 0.02, score - gap / 100 + 0.02],
+               "bytes_on_disk": 100_000_000 + gap * 1_000_000, "trainable_parameters": 1_000_000}
+        for gap, name in enumerate(reversed(METHODS))
+    }  # fmt: skip
+    share = {"value": 0.9, "ci": [0.7, 1.1], "below_noise": False}
+    gain = {"value": 0.05, "ci": [0.03, 0.07]}
+    metrics = {"test_items": 1500, "methods": methods, "difference": gain, "recovered_share": share}
+    curve = [{"step": step, "score": 0.7 + step / 1000} for step in (0, 40, 80, 120)]
+    errors = {f"model.layers.{n}.{kind}": [0.2 + score * n / 100, 0.1] for n in range(30) for kind in LAYERS}
+    return {
+        "models/evaluated/movies/q8_up/metrics.json": metrics,
+        "models/evaluated/movies/q8_up/curves.json": {"clm_lora": curve, "clm_calora": curve},
+        "models/inherited/movies/q8_up/inherit.json": {"errors": errors},
+    }
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A project with results, and two experiments: `low` and `<high>`."""
+    found = {"low": results(0.7), "<high>": results(0.8)}
+
+    def files_of(root, name):
+        if name not in found:
+            raise CaloraError("commit", "one", name, "another")
+        params = {"tasks": ["movies"], "recipes": ["q8_up"], "distill": {"alpha": 0.01 if name == "low" else 0.1}}
+        return lambda path: yaml.safe_dump(params) if path == "params.yaml" else json.dumps(found[name][path])
+
+    monkeypatch.setattr(comparing, "files_of", files_of)
+    return tmp_path
+
+
+def test_the_page_stands_alone_and_tells_the_experiments_apart(project, capsys):
+    text = compare(project, ["low", "<high>"]).read_text(encoding="utf-8")
+    assert "<script" not in text and "@import" not in text
+    assert not re.findall(r"""(?:src|href)=["']?(?!["']?#)|url\((?!#)""", text)  # nothing but parts of itself
+    assert "&lt;high&gt;" in text and "<high>" not in text
+    assert re.search(r"<th class=text>distill.alpha</th>", text) and ">0.01<" in text and ">0.1<" in text
+    assert ">0.780 to 0.820<" in text and ">0.90 [0.70, 1.10]<" in text
+    assert text.count("<figure>") == 2 + 2 * 3 and "prefers-color-scheme: dark" in text and "@media print" in text
+    told = capsys.readouterr().out
+    assert "low" in told and "<high>" in told and "0.800" in told
+
+
+def test_a_page_of_many_runs_stays_below_3_mb():
+    def run(number):
+        found = comparing._found(lambda path: json.dumps(results(0.6 + number / 1000)[path]), "movies/q8_up")
+        return Experiment({"movies": {"q8_up": found}}, {"distill.alpha": number})
+
+    one, two, three = (page({f"experiment{i}": run(i) for i in range(count)}) for count in (1, 2, 3))
+    assert len(one) + DETAILED * (len(three) - len(two)) < 3_000_000
+    alike = page({name: run(0) for name in "abc"})  # that start alike: their layers' errors are drawn once
+    assert alike.count("<figure>") == 2 + 3 * 2 + 1 and "Errors of the layers: as in a: q8_up." in alike
+    many = page({f"experiment{i}": run(i) for i in range(DETAILED + 1)})
+    assert many.count("<figure>") == 2 and f"there are {DETAILED + 1}" in many
+
+
+def test_the_overview_has_a_line_for_each_with_the_parameters_that_differ(project):
+    chosen = differing({name: read_experiment(project, name) for name in ("low", "<high>")})
+    assert [one.params for one in chosen.values()] == [{"distill.alpha": 0.01}, {"distill.alpha": 0.1}]
+    console = Console(width=200, record=True)
+    console.print(overview(chosen))
+    lines = console.export_text().splitlines()
+    assert lines[0].split()[-1] == "distill.alpha"
+    assert lines[1].split()[:3] == ["low", "movies", "q8_up"] and lines[2].split()[-1] == "0.1" and "+0.050" in lines[1]
+
+
+def test_an_experiment_without_results_is_named(project):
+    with pytest.raises(CaloraError, match=r"no such.*dvc exp list"):
+        read_experiment(project, "no such")
+
+
+def test_the_difference_to_the_parent_has_every_metric():
+    after = {"movies": {"q8": {"clm_calora": 0.8567, "share": "below noise"}}}
+    before = {"movies": {"q8": {"clm_calora": 0.85}}}
+    first, second = difference(before, after)
+    assert first == {
+        "task": "movies",
+        "recipe": "q8",
+        "metric": "clm_calora",
+        "before": 0.85,
+        "after": 0.8567,
+        "change": 0.0067,
+    }
+    assert (second["before"], second["change"]) == ("", "")
