@@ -7,11 +7,13 @@ import pytest
 import yaml
 from rich.console import Console
 
+from calora.artifacts import write_text
 from calora.errors import CaloraError
 from pipeline import compare as comparing
+from pipeline.checkout import git
 from pipeline.compare import compare, differing, overview, read_experiment
 from pipeline.page import DETAILED, Experiment, page
-from pipeline.show import difference
+from pipeline.show import REPORTS, SERVED, difference, show_results
 from stages.plots import METHODS
 
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -84,6 +86,35 @@ def test_the_overview_has_a_line_for_each_with_the_parameters_that_differ(projec
     lines = console.export_text().splitlines()
     assert lines[0].split()[-1] == "distill.alpha"
     assert lines[1].split()[:3] == ["low", "movies", "q8_up"] and lines[2].split()[-1] == "0.1" and "+0.050" in lines[1]
+
+
+def test_a_run_shows_tables_pictures_and_its_report(project, tmp_path, prefect_api, monkeypatch):
+    from prefect.client.orchestration import get_client
+
+    monkeypatch.setenv(SERVED, "http://127.0.0.1:1")
+    root, folder = tmp_path / "root", tmp_path / "checkout"
+    write_text(folder / "results/table.md", "| table |")
+    write_text(folder / "results/summary.json", json.dumps({"movies": {"q8_up": {"clm_calora": 0.86}}}))
+    write_text(folder / "results/plots/movies-bytes.png", "")
+    write_text(folder / "results/movies/q8_up/curves/train/loss.tsv", "step\tloss\n1\t0.6\n2\t0.4\n")
+    for path, content in {"params.yaml": {"tasks": ["movies"], "recipes": ["q8_up"]}, **results(0.8)}.items():
+        write_text(folder / path, json.dumps(content))
+    root.mkdir()
+    git(root, "init", "--quiet")
+    monkeypatch.setattr(
+        comparing, "files_of", lambda place, name: lambda path: (place / path).read_text(encoding="utf-8")
+    )
+    show_results(root, folder, "0" * 40, "mine")
+    with get_client(sync_client=True) as client:
+        shown = {one["key"]: one for one in client.request("POST", "/artifacts/filter", json={}).json()}
+    assert shown["methods"]["data"] == "| table |" and shown["methods"]["type"] == "markdown"
+    (row,) = json.loads(shown["difference"]["data"])
+    assert row["metric"] == "clm_calora" and row["after"] == 0.86
+    assert {shown[key]["type"] for key in ("movies-bytes", "movies-q8-up-loss")} == {"image"}
+    assert "http://127.0.0.1:1/mine/report.html" in shown["report"]["data"]
+    kept = root / REPORTS / "mine"
+    assert "<table>" in (kept / "report.html").read_text(encoding="utf-8")
+    assert (kept / "plots/movies-q8_up-loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_an_experiment_without_results_is_named(project):

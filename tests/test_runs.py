@@ -1,7 +1,6 @@
 """Runs in checkouts of their own: what they may change, what they leave behind, and that stopped means stopped."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -11,8 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-
-os.environ.update(DO_NOT_TRACK="1", PREFECT_SERVER_ANALYTICS_ENABLED="false", PREFECT_LOGGING_LEVEL="WARNING")
 
 from calora.errors import CaloraError
 from pipeline import flow as flows
@@ -206,14 +203,6 @@ def test_stages_come_from_dvc_in_order(project):
     assert unchanged(project, graph, Processes()) == set()
     assert run_stage("number", project, Processes(), lambda _: None) == "ran"
     assert unchanged(project, graph, Processes()) == {"number"}
-
-
-@pytest.fixture(scope="module")
-def prefect_api():
-    from prefect.testing.utilities import prefect_test_harness
-
-    with prefect_test_harness():
-        yield
 
 
 def run(**options):
