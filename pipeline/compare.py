@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from pipeline.page import Experiment, Found, page
 
 REPORT = Path("results/report.html")
 WORKSPACE = "workspace"
+WIDE = 160  # columns where the output is no terminal
 
 
 def files_of(root: Path, name: str) -> Callable[[str], str]:
@@ -74,11 +76,11 @@ def differing(experiments: dict[str, Experiment]) -> dict[str, Experiment]:
 def compare(root: Path, names: Sequence[str]) -> Path:
     """Print the experiments side by side, and write the page; returns its path."""
     chosen = differing({name: read_experiment(root, name) for name in names})
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=WIDE)
     console.print(overview(chosen))
     path = root / REPORT
     write_text(path, page(chosen))
-    console.print(f"Report: {path}")
+    console.print(f"Report: {path.resolve().as_uri()}", soft_wrap=True)
     return path
 
 
@@ -87,7 +89,8 @@ def overview(experiments: dict[str, Experiment]) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     keys = list(next(iter(experiments.values())).params)
     for column in ("experiment", "task", "recipe", "LLM+LoRA", "inherited", "LoRA", "CA-LoRA", "gain", "MB", *keys):
-        table.add_column(column, justify="left" if column in ("experiment", "task", "recipe", *keys) else "right")
+        side = "left" if column in ("experiment", "task", "recipe", *keys) else "right"
+        table.add_column(column, justify=side, overflow="fold", no_wrap=column == "experiment")
     for name, one in experiments.items():
         for task, recipes in one.found.items():
             for recipe, found in recipes.items():

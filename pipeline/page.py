@@ -30,7 +30,7 @@ STYLE = """
 body { margin: 0 auto; max-width: 72rem; padding: 1rem; color: var(--ink); background: var(--paper); font: 16px/1.5 system-ui, sans-serif }
 h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin-top: 2.5rem } h3 { font-size: 1rem }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.9rem }
-th, td { padding: 0.3rem 0.7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
+th, td { padding: 0.3rem 0.5rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
 th { background: var(--soft); white-space: normal; vertical-align: bottom } .text { text-align: left }
 .pair { display: flex; flex-wrap: wrap; gap: 1rem } .pair figure { flex: 1 1 28rem } figure { margin: 1rem 0 } svg { max-width: 100%; height: auto; color: var(--ink) } figcaption { font-size: 0.85rem }
 """
@@ -61,7 +61,7 @@ def page(experiments: Mapping[str, Experiment]) -> str:
     runs = sum(len(recipes) for one in experiments.values() for recipes in one.found.values())
     for task in dict.fromkeys(task for one in experiments.values() for task in one.found):
         rows = rows_of({name: one.found[task] for name, one in experiments.items() if task in one.found})
-        parts += of_task(task, rows, "recipe" if len(experiments) == 1 else "experiment: recipe")
+        parts += of_task(task, rows, alone=len(experiments) == 1)
         if runs <= DETAILED:
             parts += of_each(task, rows)
     if runs > DETAILED:
@@ -82,15 +82,20 @@ def rows_of(experiments: Mapping[str, Mapping[str, Found]]) -> dict[str, Found]:
     }
 
 
-def of_task(task: str, rows: Mapping[str, Found], first_column: str) -> Iterator[str]:
-    """All rows of one task together."""
+def of_task(task: str, rows: Mapping[str, Found], alone: bool) -> Iterator[str]:
+    """All rows of one task together: the recipes of one experiment, or several experiments, the best first."""
     metrics = {row: found.metrics for row, found in rows.items()}
     yield f"<h2>{escape(task)}</h2>"
-    yield table_html(of_runs("Before and after CA-LoRA", first_column, metrics))
-    yield pair(
-        figure_html(partial(plots.recipes_against_bytes, metrics, task), "Each recipe: inherited LoRA to CA-LoRA."),
-        figure_html(partial(plots.front, metrics, task), "Every method; the line is the best accuracy for the bytes."),
-    )
+    yield table_html(of_runs("Before and after CA-LoRA", "recipe" if alone else "experiment: recipe", metrics))
+    if alone:
+        told = "Each recipe: inherited LoRA to CA-LoRA."
+        first = figure_html(partial(plots.recipes_against_bytes, metrics, task), told)
+    else:
+        best = sorted(rows, key=lambda row: -metrics[row]["methods"]["clm_calora"]["accuracy"])
+        scores = {row: {m: metrics[row]["methods"][m] for m in ("clm_lora", "clm_calora")} for row in best}
+        first = figure_html(partial(plots.ranking, scores, task), "Each run, the best first, with 95 % intervals.")
+    told = "Every method; the line is the best accuracy for the bytes."
+    yield pair(first, figure_html(partial(plots.front, metrics, task), told))
 
 
 def of_each(task: str, rows: Mapping[str, Found]) -> Iterator[str]:

@@ -51,9 +51,11 @@ def ablation(root: Path, task: str, recipe: str, seeds: Sequence[int]) -> Path:
     table.notes = ["Intervals are bootstrapped over test items and seeds together."]
     stem = root / f"results/ablation-{task}-{recipe}"
     write_text(stem.with_suffix(".md"), table.markdown() + "\n")
-    plots.ablation({on: (mean, ci) for on, (mean, ci, _) in scores.items()}, f"{task}, {recipe}").savefig(
-        stem.with_suffix(".png"), dpi=130
-    )
+    named = {
+        " + ".join(itertools.compress(SWITCHES, on)) or "none": {METHOD: {"accuracy": mean, "ci": ci}}
+        for on, (mean, ci, _) in scores.items()
+    }
+    plots.ranking(named, f"{task}, {recipe}").savefig(stem.with_suffix(".png"), dpi=130)
     return stem.with_suffix(".md")
 
 

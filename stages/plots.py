@@ -8,7 +8,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 BYTES = "MB on disk (base and adapter)"
-LABELLED = 12  # points: the names of more would lie on each other
 BLACK = "#010101"  # told apart from SVG's default, which nobody writes
 # In the table's order: label, colour and marker.
 METHODS = {
@@ -65,8 +64,7 @@ def recipes_against_bytes(found: dict[str, Any], task: str) -> Figure:
         for place, method in ((before, "clm_inherited"), (after, "clm_calora")):
             label, colour, marker = METHODS[method]
             axes.plot(*place, marker, ms=9, color=colour, label=label)
-        if len(found) <= LABELLED:
-            axes.annotate(recipe, after, xytext=(8, -3), textcoords="offset points", fontsize=8)
+        axes.annotate(recipe, after, xytext=(8, -3), textcoords="offset points", fontsize=8)
     axes.set(xlabel=BYTES, ylabel="test accuracy", title=f"{task}: before and after CA-LoRA")
     axes.margins(y=0.12)
     legend_once(figure, axes)
@@ -165,17 +163,17 @@ def convergences(curves: dict[str, Any], task: str) -> Figure:
     return figure
 
 
-def ablation(scores: dict[tuple[bool, ...], tuple[float, list[float]]], title: str) -> Figure:
-    """Accuracy of each cell of inherit x recover x distil, with its interval."""
-    figure, axes = blank(7, 4.2)
-    names = [
-        " + ".join(n for n, on in zip(("inherit", "recover", "distil"), cell, strict=True) if on) or "none"
-        for cell in scores
-    ]
-    for place, (mean, ci) in enumerate(scores.values()):
-        axes.errorbar(
-            mean, place, xerr=[[mean - ci[0]], [ci[1] - mean]], fmt="o", capsize=3, color=METHODS["clm_calora"][1]
-        )
-    axes.set_yticks(range(len(names)), names)
+def ranking(scores: dict[str, dict[str, dict[str, Any]]], title: str) -> Figure:
+    """A line for each name, the first at the top: the test accuracy of its methods, each with its interval."""
+    figure, axes = blank(7.5, 1.6 + 0.26 * len(scores))
+    for place, methods in enumerate(scores.values()):
+        for method, m in methods.items():
+            label, colour, marker = METHODS[method]
+            mean = m["accuracy"]
+            error = [[mean - m["ci"][0]], [m["ci"][1] - mean]]
+            axes.errorbar(mean, place, xerr=error, fmt=marker, ms=7, capsize=3, color=colour, label=label)
+    axes.set_yticks(range(len(scores)), list(scores), fontsize=8)
+    axes.invert_yaxis()
     axes.set(xlabel="test accuracy", title=title)
+    legend_once(figure, axes)
     return figure
