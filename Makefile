@@ -26,11 +26,11 @@ ui: setup  ## the Prefect UI, for runs started by hand or by a schedule (PORT=42
 compare: setup  ## the experiments of this commit side by side; writes results/report.html (EXP="a b")
 	@$(BIN)/python -m pipeline compare $(EXP)
 
-ablation: setup  ## the paper's ablation: inherit x recover x distil, three seeds (TASK=movies RECIPE=q8_up)
-	@$(BIN)/python -m pipeline ablation $(TASK:%=--task %) $(RECIPE:%=--recipe %)
+ablation: setup  ## the paper's ablation: inherit x recover x distil (TASK=movies RECIPE=q8_up SEEDS="0 1 2")
+	@$(BIN)/python -m pipeline ablation $(TASK:%=--task %) $(RECIPE:%=--recipe %) $(if $(SEEDS),--seeds $(SEEDS))
 
-convergence: setup  ## validation accuracy against step on four compressed models (TASK=movies)
-	@$(BIN)/python -m pipeline convergence $(TASK:%=--task %)
+convergence: setup  ## validation accuracy against step on compressed models (TASK=movies RECIPES="q8 up m q8_up")
+	@$(BIN)/python -m pipeline convergence $(TASK:%=--task %) $(if $(RECIPES),--recipes $(RECIPES))
 
 smoke: setup  ## the same stages and real input on a few hundred texts, in .smoke
 	@$(BIN)/python -m pipeline smoke

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +23,16 @@ METHOD = "clm_calora"
 
 def ablation(root: Path, task: str, recipe: str, seeds: Sequence[int]) -> Path:
     """Eight cells of inherit x recover x distil, each with some seeds; writes results/ablation-<task>-<recipe>.{md,png}."""
-    switches = [dict(zip(SWITCHES, on, strict=True)) for on in itertools.product((False, True), repeat=3)]
-    plan = {
-        (tuple(on.values()), seed): {
-            "tasks": [task],
-            "recipes": [recipe],
-            "seed": seed,
-            **{SWITCHES[k]: v for k, v in on.items()},
+    cells = list(itertools.product(itertools.product((False, True), repeat=len(SWITCHES)), seeds))
+    wanted = {
+        f"{task}-{recipe}-{'-'.join(itertools.compress(SWITCHES, on)) or 'none'}-seed{seed}": {
+            "tasks": [task], "recipes": [recipe], "seed": seed, **dict(zip(SWITCHES.values(), on, strict=True)),
         }
-        for on in switches
-        for seed in seeds
-    }
-    names = sweep(root, "ablation", list(plan.values()))
+        for on, seed in cells
+    }  # fmt: skip
+    names = sweep(root, "ablation", wanted)
     hits: dict[tuple[bool, ...], list[list[int]]] = {}
-    for (on, _), name in zip(plan, names, strict=True):
+    for (on, _), name in zip(cells, names, strict=True):
         files = files_of(root, name)
         answers = json.loads(files(f"models/evaluated/{task}/{recipe}/predictions.json"))
         hits.setdefault(on, []).append([int(hit) for hit in answers[METHOD]["correct"]])
@@ -73,8 +69,8 @@ def score_of(hits: np.ndarray[Any, Any], draws: int = 2000) -> tuple[float, list
 
 def convergence(root: Path, task: str, recipes: Sequence[str], eval_every: int = 10) -> Path:
     """Validation accuracy against step of CA-LoRA and the fresh LoRA; writes results/convergence-<task>.png."""
-    cell: Mapping[str, Any] = {"tasks": [task], "recipes": list(recipes), "train.eval_every": eval_every}
-    (name,) = sweep(root, "convergence", [cell])
+    cell = {"tasks": [task], "recipes": list(recipes), "train.eval_every": eval_every}
+    (name,) = sweep(root, "convergence", {f"{task}-{'-'.join(recipes)}": cell})
     files = files_of(root, name)
     curves = {recipe: json.loads(files(f"models/evaluated/{task}/{recipe}/curves.json")) for recipe in recipes}
     path = root / f"results/convergence-{task}.png"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import importlib
 import os
 import socket
 import subprocess
@@ -29,26 +30,41 @@ def settings(port: int) -> dict[str, str]:
     return {
         **preset(), "PREFECT_API_URL": f"http://{HOST}:{port}/api", "PREFECT_SERVER_UI_API_URL": f"http://{HOST}:{port}/api",
         "PREFECT_CLI_PROMPT": "false", "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+        "PREFECT_RUNNER_POLL_FREQUENCY": "2",  # seconds from a click to its run, of 10
     }  # fmt: skip
 
 
 def server(port: int, *options: str) -> subprocess.Popen[str]:
     """A server that answers, until `end`, or until this process ends, however that comes."""
-    command = ["prefect", "server", "start", "--host", HOST, "--port", str(port), *options]
-    return start(command, f"http://{HOST}:{port}/api/health", settings(port))
+    return start(served(port, *options), health(port), settings(port))
+
+
+def served(port: int, *options: str) -> list[str]:
+    """The module that is the server, and its arguments."""
+    return ["prefect", "server", "start", "--host", HOST, "--port", str(port), *options]
+
+
+def health(port: int) -> str:
+    """What answers once the server does."""
+    return f"http://{HOST}:{port}/api/health"
 
 
 def start(module: list[str], url: str, settings: dict[str, str]) -> subprocess.Popen[str]:
     """`python -m ...` in the background, once `url` answers."""
-    LOG.parent.mkdir(exist_ok=True)
-    with LOG.open("ab") as log:
-        process = guarded([sys.executable, "-m", *module], ROOT, environment(**settings), log)
+    process = launch(module, settings)
     try:
         wait_for(url, process)
     except BaseException:
         end(process)
         raise
     return process
+
+
+def launch(module: list[str], settings: dict[str, str]) -> subprocess.Popen[str]:
+    """`python -m ...` in the background, its output in the log."""
+    LOG.parent.mkdir(exist_ok=True)
+    with LOG.open("ab") as log:
+        return guarded([sys.executable, "-m", *module], ROOT, environment(**settings), log)
 
 
 def alone() -> None:
@@ -62,8 +78,11 @@ def alone() -> None:
         with socket.socket() as probe:
             probe.bind((HOST, 0))
             port = probe.getsockname()[1]
-        atexit.register(end, server(port, "--no-ui", "--no-services"))
+        process = launch(served(port, "--no-ui", "--no-services"), settings(port))
+        atexit.register(end, process)
         os.environ["PREFECT_API_URL"] = settings(port)["PREFECT_API_URL"]
+        importlib.import_module("prefect")  # takes seconds, and so does the server's start
+        wait_for(health(port), process)
 
 
 def check_free(port: int) -> None:

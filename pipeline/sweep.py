@@ -21,8 +21,8 @@ from pipeline.settings import KEYS, Settings, checked
 LISTS = ("tasks", "recipes")  # each value of a sweep over these is a list of one
 
 
-def cells(assignments: Sequence[str]) -> list[dict[str, Any]]:
-    """`key=a,b` and so on -> every combination, as key of params.yaml -> value.
+def cells(assignments: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """`key=a,b` and so on -> every combination: its label -> key of params.yaml -> value.
 
     Raises:
         CaloraError: an assignment has no `=` or no value.
@@ -30,11 +30,12 @@ def cells(assignments: Sequence[str]) -> list[dict[str, Any]]:
     axes: dict[str, list[Any]] = {}
     for text in assignments:
         key, _, values = text.partition("=")
-        found = [yaml.safe_load(value) for value in values.split(",") if value]
-        if not key or not found:
+        choices = [yaml.safe_load(value) for value in values.split(",") if value]
+        if not key or not choices:
             raise CaloraError("sweep", "KEY=VALUE,VALUE", repr(text), "such as distill.alpha=0.01,0.05")
-        axes[key] = [[value] for value in found] if key in LISTS else found
-    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+        axes[key] = [[value] for value in choices] if key in LISTS else choices
+    found = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    return {label_of(cell): cell for cell in found}
 
 
 def settings_of(cell: Mapping[str, Any]) -> Settings:
@@ -53,19 +54,26 @@ def settings_of(cell: Mapping[str, Any]) -> Settings:
     return checked({**values, "other": other}, "mend the sweep", KEYS)
 
 
-def name_of(title: str, cell: Mapping[str, Any], commit: str) -> str:
-    """A name that a person can read and that no other cell has, nor the same cell of another commit."""
-    told = "-".join(
+def label_of(cell: Mapping[str, Any]) -> str:
+    """What a cell changes, for a person: alpha0.01-recipesq8."""
+    return "-".join(
         f"{key.rsplit('.', 1)[-1]}{value[0] if isinstance(value, list) else value}" for key, value in cell.items()
     )
+
+
+def name_of(label: str, cell: Mapping[str, Any], commit: str) -> str:
+    """The label, and a few letters that no other cell has, nor the same cell of another commit."""
     digest = hashlib.sha256(json.dumps([commit, dict(cell)], sort_keys=True).encode()).hexdigest()[:4]
-    return re.sub("[^A-Za-z0-9._-]", "_", f"{title}-{told}")[:70].rstrip("._-") + f"-{digest}"
+    return re.sub("[^A-Za-z0-9._-]", "_", label)[:70].rstrip("._-") + f"-{digest}"
 
 
-def sweep(root: Path, title: str, wanted: Sequence[Mapping[str, Any]]) -> list[str]:
+def sweep(root: Path, title: str, wanted: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Run every cell that is no experiment of this commit yet; returns the names of all.
 
     All cells are of the commit that is checked out at the start, whatever is committed meanwhile.
+
+    Args:
+        wanted: a label for each cell, with which its experiment's name begins, after the title.
 
     Raises:
         CaloraError: there are uncommitted changes, or some runs failed, after the others were run.
@@ -74,7 +82,7 @@ def sweep(root: Path, title: str, wanted: Sequence[Mapping[str, Any]]) -> list[s
 
     refuse_uncommitted(root, "commit them, then start the sweep again")
     commit = commit_of(root, "HEAD")
-    plan = {name_of(title, cell, commit): settings_of(cell) for cell in wanted}
+    plan = {name_of(f"{title}-{label}", cell, commit): settings_of(cell) for label, cell in wanted.items()}
     done = set(experiments(root, commit))
     failed = []
     bar = tqdm(total=len(plan), initial=len(done & plan.keys()), desc=title, unit="run", file=sys.stderr)

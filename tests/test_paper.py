@@ -17,9 +17,8 @@ def experiments(monkeypatch):
     made = {}
 
     def sweep(root, title, cells):
-        names = [f"{title}{len(made) + number}" for number, _ in enumerate(cells)]
-        made.update(zip(names, cells, strict=True))
-        return names
+        made.update({f"{title}-{label}": cell for label, cell in cells.items()})
+        return list(made)
 
     def files_of(root, name):
         cell = made[name]
@@ -38,6 +37,10 @@ def test_the_ablation_has_eight_cells_with_every_seed_and_their_own_scores(exper
     text = paper.ablation(tmp_path, "movies", "q8_up", [0, 1]).read_text(encoding="utf-8")
     cells = {(c["inherit.lora"], c["inherit.bypass"], c["distill.teacher"], c["seed"]) for c in experiments.values()}
     assert cells == set(itertools.product((False, True), (False, True), (False, True), (0, 1)))
+    assert (
+        "ablation-movies-q8_up-inherit-distil-seed1" in experiments
+        and "ablation-movies-q8_up-none-seed0" in experiments
+    )
     assert all(c["tasks"] == ["movies"] and c["recipes"] == ["q8_up"] for c in experiments.values())
     rows = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in text.splitlines() if "0." in line]
     scores = {tuple(value == "yes" for value in row[:3]): float(row[3]) for row in rows}

@@ -320,8 +320,8 @@ def test_dvc_plots_need_no_network(project):
 
 def test_a_sweep_has_every_combination_under_names_of_their_own():
     found = cells(["distill.alpha=0.01,0.05", "recipes=q8,nf4"])
-    assert len(found) == 4 and found[0] == {"distill.alpha": 0.01, "recipes": ["q8"]}
-    assert len({name_of("sweep", cell, commit) for cell in found for commit in ("a", "b")}) == 8
+    assert len(found) == 4 and found["alpha0.01-recipesq8"] == {"distill.alpha": 0.01, "recipes": ["q8"]}
+    assert len({name_of("sweep", cell, commit) for cell in found.values() for commit in ("a", "b")}) == 8
     for bad in ("alpha", "alpha=", "=1"):
         with pytest.raises(CaloraError, match="sweep"):
             cells([bad])
