@@ -10,6 +10,7 @@ import fcntl
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from uuid import uuid4
 from calora.errors import CaloraError
 
 RUNS, UNFINISHED = Path(".cache/runs"), Path(".cache/unfinished")
+KEPT_FOR = 14 * 24 * 3600  # seconds
 WRITTEN_BY_RUNS = ("dvc.lock", "results/")
 
 
@@ -118,12 +120,17 @@ def resumable(root: Path, inside: Path) -> Iterator[None]:
 
 
 def sweep(root: Path) -> None:
-    """Remove the checkouts that killed runs left behind."""
+    """Remove the checkouts that killed runs left behind, and checkpoints that no run has gone on from for two weeks."""
     for lock in (root / RUNS).glob("*.lock"):
         folder = lock.with_suffix("")
         with owned(folder) as abandoned:
             if abandoned:
                 remove(root, folder)
+    for kept in (root / UNFINISHED).glob("*/"):
+        if time.time() - _last_touched(kept) > KEPT_FOR:
+            with owned(kept) as abandoned:
+                if abandoned:
+                    shutil.rmtree(kept, ignore_errors=True)
 
 
 def remove(root: Path, folder: Path) -> None:
@@ -152,6 +159,14 @@ def _locked(file: IO[str]) -> bool:
         return False
     # The file may have been removed by its last owner between our opening and locking it.
     return Path(file.name).exists() and os.fstat(file.fileno()).st_ino == Path(file.name).stat().st_ino
+
+
+def _last_touched(folder: Path) -> float:
+    """When anything in a folder changed last; now, where files come and go."""
+    try:
+        return max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
+    except FileNotFoundError:
+        return time.time()
 
 
 def _bring_changes(root: Path, inside: Path) -> None:

@@ -1,6 +1,7 @@
 """Runs in checkouts of their own: what they may change, what they leave behind, and that stopped means stopped."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from calora.errors import CaloraError
 from pipeline import flow as flows
 from pipeline import guard, offline
 from pipeline.__main__ import main
-from pipeline.checkout import checkout, commit_of, experiments, git, resumable, sweep, uncommitted
+from pipeline.checkout import checkout, commit_of, experiments, git, owned, resumable, sweep, uncommitted
 from pipeline.compare import files_of, flat
 from pipeline.graph import StageFailed, run_stage, stages, unchanged, with_needed
 from pipeline.process import Processes, Stopped
@@ -111,6 +112,18 @@ def test_the_checkout_of_a_killed_run_is_swept_and_a_living_one_is_not(project):
         sweep(project)
         assert folder.exists()
     assert left(project) == []
+
+
+def test_checkpoints_that_no_run_went_on_from_go_away_after_two_weeks(project):
+    head, old = commit_of(project, "HEAD"), time.time() - 15 * 24 * 3600
+    kept = {name: project / ".cache/unfinished" / name for name in ("new", "old", "going on")}
+    for name, folder in kept.items():
+        (folder / "half").mkdir(parents=True)
+        when = time.time() if name == "new" else old
+        for path in (folder / "half", folder):
+            os.utime(path, (when, when))
+    with owned(kept["going on"]), checkout(project, head, take_along=False):
+        assert [name for name, folder in kept.items() if folder.exists()] == ["new", "going on"]
 
 
 def test_the_same_run_twice_is_refused_and_checkpoints_stay_until_it_ends_well(project):
