@@ -5,14 +5,17 @@ from __future__ import annotations
 import atexit
 import importlib
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 
 from calora.errors import CaloraError
+from pipeline import guard
 from pipeline.process import end, environment, guarded
 from pipeline.settings import PREFECT, ROOT
 
@@ -78,11 +81,28 @@ def alone() -> None:
         with socket.socket() as probe:
             probe.bind((HOST, 0))
             port = probe.getsockname()[1]
-        process = launch(served(port, "--no-ui", "--no-services"), settings(port))
-        atexit.register(end, process)
+        process, leaving = launch(served(port, "--no-ui", "--no-services"), settings(port)), threading.Event()
+        atexit.register(lambda: (leaving.set(), end(process)))
         os.environ["PREFECT_API_URL"] = settings(port)["PREFECT_API_URL"]
         importlib.import_module("prefect")  # takes seconds, and so does the server's start
         wait_for(health(port), process)
+        threading.Thread(target=leave_after, args=(process, leaving), daemon=True).start()
+
+
+def leave_after(process: subprocess.Popen[str], leaving: threading.Event) -> None:
+    """End this command when its server has ended: Prefect's client would look for it for minutes."""
+    process.wait()
+    if not leaving.is_set():
+        told = CaloraError(
+            "Prefect's server",
+            "to go on",
+            f"exit code {process.returncode}",
+            f"read {LOG}; start the same run again: it goes on",
+        )
+        print(f"error: {told}", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)  # stops what runs, and removes the checkout
+        time.sleep(guard.GRACE)
+        os._exit(1)  # Prefect's last words have no listener
 
 
 def check_free(port: int) -> None:
