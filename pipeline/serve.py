@@ -3,9 +3,18 @@
 import sys
 
 from prefect import serve
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterName, FlowRunFilter, FlowRunFilterState
+from prefect.client.schemas.filters import FlowRunFilterStateType as Types
+from prefect.client.schemas.objects import StateType
 from prefect.deployments.runner import RunnerDeployment
+from prefect.states import Cancelled, Crashed
 
+from pipeline.checkout import sweep
 from pipeline.flow import ca_lora
+from pipeline.settings import ROOT
+
+UNDER_WAY = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
 
 
 def deployment() -> RunnerDeployment:
@@ -15,5 +24,18 @@ def deployment() -> RunnerDeployment:
     return local
 
 
+def end_orphans() -> None:
+    """Say of the runs that were under way when the last `make ui` ended that they ended too, and remove their checkouts."""
+    wanted = FlowRunFilter(state=FlowRunFilterState(type=Types(any_=UNDER_WAY)))
+    ours = DeploymentFilter(name=DeploymentFilterName(any_=["local"]))
+    with get_client(sync_client=True) as client:
+        for run in client.read_flow_runs(flow_run_filter=wanted, deployment_filter=ours):
+            kind = Cancelled if run.state_type == StateType.CANCELLING else Crashed
+            told = "Ended with the server. Started again with the same settings, it goes on."
+            client.set_flow_run_state(run.id, kind(message=told), force=True)
+    sweep(ROOT)
+
+
 if __name__ == "__main__":
+    end_orphans()
     serve(deployment(), limit=int(sys.argv[1]), pause_on_shutdown=False, print_starting_message=False)

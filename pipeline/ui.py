@@ -8,6 +8,7 @@ import threading
 import time
 
 from calora.errors import CaloraError
+from pipeline.checkout import owned
 from pipeline.process import end
 from pipeline.server import HOST, LOG, check_free, server, settings, start
 from pipeline.settings import ROOT
@@ -20,9 +21,23 @@ def serve_ui(port: int, runs: int) -> int:
     Args:
         port: of the server; the pages of results have the next one.
         runs: that work at the same time.
+
+    Raises:
+        CaloraError: a port is taken, this folder has a server already, or one of the processes ended.
     """
     for number in (port, port + 1):
         check_free(number)
+    LOG.parent.mkdir(exist_ok=True)
+    with owned(LOG.with_name("ui")) as mine:
+        if not mine:
+            raise CaloraError(
+                "make ui", "one for each folder", "another that is running here", "use it, or stop it with Ctrl-C"
+            )
+        return serve_alone(port, runs)
+
+
+def serve_alone(port: int, runs: int) -> int:
+    """The same, where nobody else serves this folder."""
     LOG.unlink(missing_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # shells in the background hand down "ignored"

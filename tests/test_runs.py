@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -14,13 +15,13 @@ import pytest
 
 from calora.errors import CaloraError
 from pipeline import flow as flows
-from pipeline import guard, offline
+from pipeline import guard, offline, ui
+from pipeline import serve as serving
 from pipeline.__main__ import main
 from pipeline.checkout import checkout, commit_of, experiments, git, owned, resumable, sweep, uncommitted
 from pipeline.compare import files_of, flat
 from pipeline.graph import StageFailed, run_stage, stages, unchanged, with_needed
 from pipeline.process import Processes, Stopped
-from pipeline.serve import deployment as local_deployment
 from pipeline.settings import RECIPES, ROOT, Settings, changes, write_params
 from pipeline.sweep import cells, name_of
 from pipeline.sweep import sweep as run_sweep
@@ -282,7 +283,7 @@ def test_the_api_starts_a_run_and_refuses_impossible_values_by_name(project, pre
     from prefect.client.base import PrefectHttpxSyncClient
     from prefect.settings import PREFECT_API_URL
 
-    deployment = local_deployment().apply()
+    deployment = serving.deployment().apply()
     start = f"{PREFECT_API_URL.value()}/deployments/{deployment}/create_flow_run"
     form = flows.ca_lora.parameters.model_dump()["properties"]
     defaults = {name: field["default"] for name, field in form.items()}  # what the form sends if nothing is filled in
@@ -300,18 +301,47 @@ def test_a_schedule_set_in_the_ui_makes_runs_and_outlives_a_restart(project, pre
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.schedules import CronSchedule
 
-    deployment = local_deployment().apply()
+    deployment = serving.deployment().apply()
     with get_client(sync_client=True) as client:
         place = f"/deployments/{deployment}"
         cron = [{"schedule": CronSchedule(cron="0 3 * * *").model_dump(mode="json"), "active": True}]
         client.request("POST", f"{place}/schedules", json=cron)
-        assert local_deployment().apply() == deployment  # as `make ui` does whenever it starts
+        assert serving.deployment().apply() == deployment  # as `make ui` does whenever it starts
         assert [one.schedule.cron for one in client.read_deployment(deployment).schedules] == ["0 3 * * *"]
         client.request("POST", f"{place}/schedule", json={"min_runs": 2})  # what the server's scheduler does
         wanted = {"deployments": {"id": {"any_": [str(deployment)]}}}
         runs = client.request("POST", "/flow_runs/filter", json=wanted).json()
     due = [run["expected_start_time"] for run in runs if run["auto_scheduled"]]
     assert len(due) >= 2 and all("T03:00:00" in when for when in due)
+
+
+def test_runs_that_ended_with_the_server_are_not_running_for_ever(project, prefect_api, monkeypatch):
+    from prefect.client.orchestration import get_client
+    from prefect.states import Cancelling, Completed, Running, Scheduled
+
+    monkeypatch.setattr(serving, "ROOT", project)
+    states = {state.name: state for state in (Running(), Cancelling(), Completed(), Scheduled())}
+    with get_client(sync_client=True) as client:
+        place = f"/deployments/{serving.deployment().apply()}/create_flow_run"
+        runs = {name: client.request("POST", place, json={}).json()["id"] for name in states}
+        for name, state in states.items():
+            client.set_flow_run_state(runs[name], state, force=True)
+        serving.end_orphans()
+        now = {name: client.read_flow_run(run).state.name for name, run in runs.items()}
+    assert now == {"Running": "Crashed", "Cancelling": "Cancelled", "Completed": "Completed", "Scheduled": "Scheduled"}
+
+
+def test_a_second_server_is_refused_and_so_is_a_port_that_is_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(ui, "LOG", tmp_path / ".prefect/server.log")
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        port = listening.getsockname()[1]
+        with pytest.raises(CaloraError, match=f"port {port}.*PORT="):
+            ui.serve_ui(port, 1)
+    (tmp_path / ".prefect").mkdir()
+    with owned(tmp_path / ".prefect/ui"), pytest.raises(CaloraError, match=r"another that is running here"):
+        ui.serve_ui(port, 1)
 
 
 def test_the_docs_call_of_the_api_is_this_deployment():
