@@ -175,5 +175,6 @@ def ranking(scores: dict[str, dict[str, dict[str, Any]]], title: str) -> Figure:
     axes.set_yticks(range(len(scores)), list(scores), fontsize=8)
     axes.invert_yaxis()
     axes.set(xlabel="test accuracy", title=title)
-    legend_once(figure, axes)
+    if any(len(methods) > 1 for methods in scores.values()):
+        legend_once(figure, axes)
     return figure
