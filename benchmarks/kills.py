@@ -20,7 +20,7 @@ from pipeline.checkout import commit_of, experiments, git
 from pipeline.compare import files_of
 from tests.toyproject import left, make_toy, processes, start_run
 
-GONE = 10  # seconds until no process of a killed run may be left
+GONE = 10  # seconds until no process may be left of a run that was killed, or ended because a stage of it was
 VICTIMS = {"flow": "flow.ca_lora", "dvc": "-m dvc repro", "stage": "stages/", "server": "prefect server"}
 
 
@@ -39,6 +39,8 @@ def round_of(root: Path, number: int, dice: random.Random) -> str:
     for pid in victims[:1]:
         with contextlib.suppress(ProcessLookupError):  # it may just have ended by itself
             os.kill(pid, signal.SIGKILL)
+    if kind in ("stage", "dvc"):
+        process.wait(150)  # a run without one of its stages goes on with those that do not need it
     began = time.monotonic()
     process.wait(60)
     while processes(root) and time.monotonic() < began + GONE:
