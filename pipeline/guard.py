@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 
-GRACE = 5.0  # seconds between asking and killing
+GRACE = 3.0  # seconds between asking and killing
 
 
 def follow(child: "subprocess.Popen[bytes]") -> None:

@@ -1,13 +1,14 @@
 """Serve the deployment `ca-lora/local`: `python -m pipeline.serve RUNS`, started by `make ui`."""
 
 import sys
+from typing import Any
 
-from prefect import serve
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import DeploymentScheduleCreate
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterName, FlowRunFilter, FlowRunFilterState
 from prefect.client.schemas.filters import FlowRunFilterStateType as Types
 from prefect.client.schemas.objects import StateType
-from prefect.deployments.runner import RunnerDeployment
+from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Crashed
 
 from pipeline.checkout import sweep
@@ -17,11 +18,15 @@ from pipeline.settings import ROOT
 UNDER_WAY = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
 
 
-def deployment() -> RunnerDeployment:
-    """The deployment, silent on its schedules and on pausing: what was set in the UI outlives a restart."""
-    local: RunnerDeployment = ca_lora.to_deployment("local", tags=["dvc"])
-    local.model_fields_set.difference_update({"schedules", "paused"})  # else Prefect sends its own, [] and False
-    return local
+def as_it_was() -> dict[str, Any]:
+    """What was set in the UI, to be said again: a deployment that is served without a word on its schedules loses them."""
+    with get_client(sync_client=True) as client:
+        try:
+            before = client.read_deployment_by_name(f"{ca_lora.name}/local")
+        except ObjectNotFound:
+            return {}
+    kept = [one.model_dump(include=set(DeploymentScheduleCreate.model_fields)) for one in before.schedules]
+    return {"schedules": [DeploymentScheduleCreate(**one) for one in kept], "paused": before.paused}
 
 
 def end_orphans() -> None:
@@ -38,4 +43,11 @@ def end_orphans() -> None:
 
 if __name__ == "__main__":
     end_orphans()
-    serve(deployment(), limit=int(sys.argv[1]), pause_on_shutdown=False, print_starting_message=False)
+    ca_lora.serve(
+        "local",
+        limit=int(sys.argv[1]),
+        pause_on_shutdown=False,
+        print_starting_message=False,
+        tags=["dvc"],
+        **as_it_was(),
+    )

@@ -283,7 +283,7 @@ def test_the_api_starts_a_run_and_refuses_impossible_values_by_name(project, pre
     from prefect.client.base import PrefectHttpxSyncClient
     from prefect.settings import PREFECT_API_URL
 
-    deployment = serving.deployment().apply()
+    deployment = flows.ca_lora.to_deployment("local").apply()
     start = f"{PREFECT_API_URL.value()}/deployments/{deployment}/create_flow_run"
     form = flows.ca_lora.parameters.model_dump()["properties"]
     defaults = {name: field["default"] for name, field in form.items()}  # what the form sends if nothing is filled in
@@ -301,13 +301,17 @@ def test_a_schedule_set_in_the_ui_makes_runs_and_outlives_a_restart(project, pre
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.schedules import CronSchedule
 
-    deployment = serving.deployment().apply()
+    flows.ca_lora.to_deployment("local").apply()
+    deployment = flows.ca_lora.to_deployment("local", **serving.as_it_was()).apply()  # as `make ui` serves it
     with get_client(sync_client=True) as client:
         place = f"/deployments/{deployment}"
         cron = [{"schedule": CronSchedule(cron="0 3 * * *").model_dump(mode="json"), "active": True}]
         client.request("POST", f"{place}/schedules", json=cron)
-        assert serving.deployment().apply() == deployment  # as `make ui` does whenever it starts
-        assert [one.schedule.cron for one in client.read_deployment(deployment).schedules] == ["0 3 * * *"]
+        client.pause_deployment(deployment)
+        assert flows.ca_lora.to_deployment("local", **serving.as_it_was()).apply() == deployment
+        again = client.read_deployment(deployment)
+        assert again.paused and [(one.schedule.cron, one.active) for one in again.schedules] == [("0 3 * * *", True)]
+        client.resume_deployment(deployment)
         client.request("POST", f"{place}/schedule", json={"min_runs": 2})  # what the server's scheduler does
         wanted = {"deployments": {"id": {"any_": [str(deployment)]}}}
         runs = client.request("POST", "/flow_runs/filter", json=wanted).json()
@@ -322,7 +326,7 @@ def test_runs_that_ended_with_the_server_are_not_running_for_ever(project, prefe
     monkeypatch.setattr(serving, "ROOT", project)
     states = {state.name: state for state in (Running(), Cancelling(), Completed(), Scheduled())}
     with get_client(sync_client=True) as client:
-        place = f"/deployments/{serving.deployment().apply()}/create_flow_run"
+        place = f"/deployments/{flows.ca_lora.to_deployment('local').apply()}/create_flow_run"
         runs = {name: client.request("POST", place, json={}).json()["id"] for name in states}
         for name, state in states.items():
             client.set_flow_run_state(runs[name], state, force=True)
