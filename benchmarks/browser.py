@@ -10,6 +10,7 @@ import json
 import sys
 import time
 import urllib.request
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ class Browser:
             options.add_argument(flag)
         self.driver = webdriver.Chrome(options=options, service=Service("/usr/bin/chromedriver"))
         self.pictures = pictures
+        self.began = datetime.now(UTC).isoformat()
         self.deployment = api("/deployments/name/ca-lora/local")["id"]
 
     def see(self, path: str, picture: str) -> None:
@@ -97,7 +99,7 @@ class Browser:
 
     def run_of(self, name: str | None) -> dict[str, Any] | None:
         """The newest run of this name; None: of those that a schedule began."""
-        wanted = {} if name else {"start_time": {"is_null_": False}}
+        wanted = {} if name else {"start_time": {"after_": self.began}}
         runs = api("/flow_runs/filter", {"sort": "EXPECTED_START_TIME_DESC", "limit": 50, "flow_runs": wanted})
         return next((run for run in runs if run["parameters"].get("name") == name), None)
 
