@@ -99,7 +99,7 @@ class Browser:
 
     def run_of(self, name: str | None) -> dict[str, Any] | None:
         """The newest run of this name; None: of those that a schedule began."""
-        wanted = {} if name else {"start_time": {"after_": self.began}}
+        wanted = {} if name else {"start_time": {"after_": self.began, "is_null_": False}}
         runs = api("/flow_runs/filter", {"sort": "EXPECTED_START_TIME_DESC", "limit": 50, "flow_runs": wanted})
         return next((run for run in runs if run["parameters"].get("name") == name), None)
 
