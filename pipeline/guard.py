@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 
-GRACE = 2.0  # seconds between asking and killing: Prefect's runner looks 3 s after a cancel whether the run is gone, then 3 s later
+GRACE = 1.0  # seconds between asking and killing; Prefect's runner looks 3 s after a cancel whether the run is gone
 
 
 def follow(child: "subprocess.Popen[bytes]") -> None:

@@ -101,7 +101,7 @@ def leave_after(process: subprocess.Popen[str], leaving: threading.Event) -> Non
         )
         print(f"error: {told}", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGTERM)  # stops what runs, and removes the checkout
-        time.sleep(2 * guard.GRACE)
+        time.sleep(guard.GRACE + 2)
         os._exit(1)  # Prefect's last words have no listener
 
 
