@@ -68,9 +68,8 @@ def uncommitted(root: Path) -> list[str]:
     return [line[3:] for line in lines if line and not line[3:].startswith(WRITTEN_BY_RUNS)]
 
 
-def refuse_uncommitted(root: Path, fix: str) -> None:
+def refuse(changed: list[str], fix: str) -> None:
     """Raise `CaloraError` where the working tree has changes that a run would not see."""
-    changed = uncommitted(root)
     if changed:
         raise CaloraError("working tree", "no uncommitted changes", ", ".join(changed[:5]), fix)
 

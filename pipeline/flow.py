@@ -21,7 +21,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
 from calora.errors import CaloraError
-from pipeline.checkout import checkout, commit_of, experiments, refuse_uncommitted, resumable, sweep
+from pipeline.checkout import checkout, commit_of, experiments, refuse, resumable, sweep, uncommitted
 from pipeline.graph import LockBusy, StageFailed, run_stage, stages, unchanged, with_needed
 from pipeline.process import CHECK_PARAMS, DVC, Processes
 from pipeline.settings import NAME, ROOT, Settings, changes, write_params
@@ -151,11 +151,11 @@ def run_in_checkout(
     """
     log = get_run_logger()
     parent = commit_of(ROOT, commit)
-    here = commit == "HEAD"
-    if here and changed_files == "refuse":
-        refuse_uncommitted(ROOT, "commit them, or set `changed_files` to `take along`")
+    changed = uncommitted(ROOT) if commit == "HEAD" else []
+    if changed_files == "refuse":
+        refuse(changed, "commit them, or set `changed_files` to `take along`")
     processes = Processes()
-    with stopping(processes), checkout(ROOT, parent, take_along=here) as folder:
+    with stopping(processes), checkout(ROOT, parent, take_along=bool(changed)) as folder:
         for key, (old, new) in write_params(folder, changes(settings)).items():
             log.info(f"{key}: {old} -> {new}")
         with resumable(ROOT, folder):

@@ -60,8 +60,9 @@ def page(experiments: Mapping[str, Experiment]) -> str:
         parts.append(table_html(of_params(experiments)))
     runs = sum(len(recipes) for one in experiments.values() for recipes in one.found.values())
     for task in dict.fromkeys(task for one in experiments.values() for task in one.found):
-        rows = rows_of({name: one.found[task] for name, one in experiments.items() if task in one.found})
-        parts += of_task(task, rows, alone=len(experiments) == 1)
+        chosen = {name: one.found[task] for name, one in experiments.items() if task in one.found}
+        rows = rows_of(chosen)
+        parts += of_task(task, rows, alone=len(chosen) == 1)
         if runs <= DETAILED:
             parts += of_each(task, rows)
     if runs > DETAILED:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,11 @@ METHOD = "clm_calora"
 def ablation(root: Path, task: str, recipe: str, seeds: Sequence[int]) -> Path:
     """Eight cells of inherit x recover x distil, each with some seeds; writes results/ablation-<task>-<recipe>.{md,png}."""
     cells = list(itertools.product(itertools.product((False, True), repeat=len(SWITCHES)), seeds))
-    wanted = {
-        f"{task}-{recipe}-{'-'.join(itertools.compress(SWITCHES, on)) or 'none'}-seed{seed}": {
-            "tasks": [task], "recipes": [recipe], "seed": seed, **dict(zip(SWITCHES.values(), on, strict=True)),
-        }
+    wanted = [
+        {"tasks": [task], "recipes": [recipe], "seed": seed, **dict(zip(SWITCHES.values(), on, strict=True))}
         for on, seed in cells
-    }  # fmt: skip
-    names = sweep(root, "ablation", wanted)
+    ]
+    names = sweep(root, f"ablation-{task}-{recipe}", wanted, switches_of)
     hits: dict[tuple[bool, ...], list[list[int]]] = {}
     for (on, _), name in zip(cells, names, strict=True):
         files = files_of(root, name)
@@ -55,6 +53,11 @@ def ablation(root: Path, task: str, recipe: str, seeds: Sequence[int]) -> Path:
     return stem.with_suffix(".md")
 
 
+def switches_of(cell: Mapping[str, Any]) -> str:
+    """Of a cell of the ablation: inherit-distil-seed0."""
+    return f"{'-'.join(name for name, key in SWITCHES.items() if cell[key]) or 'none'}-seed{cell['seed']}"
+
+
 def score_of(hits: np.ndarray[Any, Any], draws: int = 2000) -> tuple[float, list[float], list[float]]:
     """Mean over seeds and items of hits [seeds, items], its 95 % interval (both are drawn anew), and each seed's mean."""
     generator = np.random.default_rng(0)
@@ -70,7 +73,7 @@ def score_of(hits: np.ndarray[Any, Any], draws: int = 2000) -> tuple[float, list
 def convergence(root: Path, task: str, recipes: Sequence[str], eval_every: int = 10) -> Path:
     """Validation accuracy against step of CA-LoRA and the fresh LoRA; writes results/convergence-<task>.png."""
     cell = {"tasks": [task], "recipes": list(recipes), "train.eval_every": eval_every}
-    (name,) = sweep(root, "convergence", {f"{task}-{'-'.join(recipes)}": cell})
+    (name,) = sweep(root, f"convergence-{task}", [cell], lambda _: "-".join(recipes))
     files = files_of(root, name)
     curves = {recipe: json.loads(files(f"models/evaluated/{task}/{recipe}/curves.json")) for recipe in recipes}
     path = root / f"results/convergence-{task}.png"

@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,14 @@ import yaml
 from tqdm import tqdm
 
 from calora.errors import CaloraError
-from pipeline.checkout import commit_of, experiments, refuse_uncommitted
+from pipeline.checkout import commit_of, experiments, refuse, uncommitted
 from pipeline.settings import KEYS, Settings, checked
 
 LISTS = ("tasks", "recipes")  # each value of a sweep over these is a list of one
 
 
-def cells(assignments: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """`key=a,b` and so on -> every combination: its label -> key of params.yaml -> value.
+def cells(assignments: Sequence[str]) -> list[dict[str, Any]]:
+    """`key=a,b` and so on -> every combination, as key of params.yaml -> value.
 
     Raises:
         CaloraError: an assignment has no `=` or no value.
@@ -30,12 +30,11 @@ def cells(assignments: Sequence[str]) -> dict[str, dict[str, Any]]:
     axes: dict[str, list[Any]] = {}
     for text in assignments:
         key, _, values = text.partition("=")
-        choices = [yaml.safe_load(value) for value in values.split(",") if value]
-        if not key or not choices:
+        found = [yaml.safe_load(value) for value in values.split(",") if value]
+        if not key or not found:
             raise CaloraError("sweep", "KEY=VALUE,VALUE", repr(text), "such as distill.alpha=0.01,0.05")
-        axes[key] = [[value] for value in choices] if key in LISTS else choices
-    found = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-    return {label_of(cell): cell for cell in found}
+        axes[key] = [[value] for value in found] if key in LISTS else found
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
 def settings_of(cell: Mapping[str, Any]) -> Settings:
@@ -67,22 +66,24 @@ def name_of(label: str, cell: Mapping[str, Any], commit: str) -> str:
     return re.sub("[^A-Za-z0-9._-]", "_", label)[:70].rstrip("._-") + f"-{digest}"
 
 
-def sweep(root: Path, title: str, wanted: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def sweep(
+    root: Path, title: str, wanted: Sequence[Mapping[str, Any]], label: Callable[[Mapping[str, Any]], str] = label_of
+) -> list[str]:
     """Run every cell that is no experiment of this commit yet; returns the names of all.
 
     All cells are of the commit that is checked out at the start, whatever is committed meanwhile.
 
     Args:
-        wanted: a label for each cell, with which its experiment's name begins, after the title.
+        label: of a cell, for a person; the names of the experiments begin with the title and it.
 
     Raises:
         CaloraError: there are uncommitted changes, or some runs failed, after the others were run.
     """
     from pipeline.flow import ca_lora
 
-    refuse_uncommitted(root, "commit them, then start the sweep again")
+    refuse(uncommitted(root), "commit them, then start the sweep again")
     commit = commit_of(root, "HEAD")
-    plan = {name_of(f"{title}-{label}", cell, commit): settings_of(cell) for label, cell in wanted.items()}
+    plan = {name_of(f"{title}-{label(cell)}", cell, commit): settings_of(cell) for cell in wanted}
     done = set(experiments(root, commit))
     failed = []
     bar = tqdm(total=len(plan), initial=len(done & plan.keys()), desc=title, unit="run", file=sys.stderr)

@@ -37,6 +37,11 @@ def legend_once(figure: Figure, axes: Axes) -> None:
     figure.legend(once.values(), once.keys(), fontsize=8, ncols=4, loc="outside lower center")
 
 
+def below_and_above(m: dict[str, Any]) -> list[list[float]]:
+    """The lengths of an error bar: from an accuracy to the two ends of its interval."""
+    return [[m["accuracy"] - m["ci"][0]], [m["ci"][1] - m["accuracy"]]]
+
+
 def curve(axes: Axes, method: str, scores: list[dict[str, float]], **look: Any) -> None:
     """The validation accuracy of one method against step."""
     label, colour, marker = METHODS[method]
@@ -118,8 +123,7 @@ def accuracy_against_bytes(metrics: dict[str, Any], title: str) -> Figure:
         if method in metrics["methods"]:
             m = metrics["methods"][method]
             size, accuracy = m["bytes_on_disk"] / 1e6, m["accuracy"]
-            error = [[accuracy - m["ci"][0]], [m["ci"][1] - accuracy]]
-            axes.errorbar(size, accuracy, error, fmt=marker, ms=9, capsize=3, label=label, color=colour)
+            axes.errorbar(size, accuracy, below_and_above(m), fmt=marker, ms=9, capsize=3, label=label, color=colour)
     axes.set(xlabel=BYTES, ylabel="test accuracy", title=title)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
@@ -169,9 +173,9 @@ def ranking(scores: dict[str, dict[str, dict[str, Any]]], title: str) -> Figure:
     for place, methods in enumerate(scores.values()):
         for method, m in methods.items():
             label, colour, marker = METHODS[method]
-            mean = m["accuracy"]
-            error = [[mean - m["ci"][0]], [m["ci"][1] - mean]]
-            axes.errorbar(mean, place, xerr=error, fmt=marker, ms=7, capsize=3, color=colour, label=label)
+            axes.errorbar(
+                m["accuracy"], place, xerr=below_and_above(m), fmt=marker, ms=7, capsize=3, color=colour, label=label
+            )
     axes.set_yticks(range(len(scores)), list(scores), fontsize=8)
     axes.invert_yaxis()
     axes.set(xlabel="test accuracy", title=title)

@@ -16,8 +16,8 @@ def experiments(monkeypatch):
     """Experiments that `sweep` claims to have run: name -> what of params.yaml they changed."""
     made = {}
 
-    def sweep(root, title, cells):
-        made.update({f"{title}-{label}": cell for label, cell in cells.items()})
+    def sweep(root, title, cells, label):
+        made.update({f"{title}-{label(cell)}": cell for cell in cells})
         return list(made)
 
     def files_of(root, name):

@@ -23,7 +23,7 @@ from pipeline.compare import files_of, flat
 from pipeline.graph import StageFailed, run_stage, stages, unchanged, with_needed
 from pipeline.process import Processes, Stopped
 from pipeline.settings import RECIPES, ROOT, Settings, changes, write_params
-from pipeline.sweep import cells, name_of
+from pipeline.sweep import cells, label_of, name_of
 from pipeline.sweep import sweep as run_sweep
 from tests.toyproject import FILES, left, make_toy, processes, start_run
 
@@ -260,6 +260,15 @@ def test_uncommitted_changes_are_refused_or_taken_along(project, prefect_api):
     assert json.loads(files_of(project, "dirty")("results/summary.json"))["toy"]["a"]["square"] == 81
 
 
+def test_what_runs_themselves_wrote_is_no_change_and_stays_behind(project, prefect_api):
+    (project / "results").mkdir(exist_ok=True)
+    (project / "results/of another run.txt").write_text("")
+    assert run(name="clean").is_completed()
+    place = experiments(project)["clean"]
+    assert "of another run" not in git(project, "ls-tree", "-r", "--name-only", place)
+    assert "results/summary.json" in git(project, "ls-tree", "-r", "--name-only", place)
+
+
 def test_a_stopped_run_is_gone_in_time_and_started_again_goes_on(project, prefect_api):
     stops = {"prefect server": signal.SIGKILL, "flow.ca_lora": signal.SIGTERM}
     for number, (victim, stop) in enumerate(stops.items(), 1):
@@ -370,8 +379,9 @@ def test_dvc_plots_need_no_network(project):
 
 def test_a_sweep_has_every_combination_under_names_of_their_own():
     found = cells(["distill.alpha=0.01,0.05", "recipes=q8,nf4"])
-    assert len(found) == 4 and found["alpha0.01-recipesq8"] == {"distill.alpha": 0.01, "recipes": ["q8"]}
-    assert len({name_of("sweep", cell, commit) for cell in found.values() for commit in ("a", "b")}) == 8
+    assert len(found) == 4 and found[0] == {"distill.alpha": 0.01, "recipes": ["q8"]}
+    assert label_of(found[0]) == "alpha0.01-recipesq8"
+    assert len({name_of("sweep", cell, commit) for cell in found for commit in ("a", "b")}) == 8
     for bad in ("alpha", "alpha=", "=1"):
         with pytest.raises(CaloraError, match="sweep"):
             cells([bad])
