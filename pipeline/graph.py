@@ -63,7 +63,10 @@ def with_needed(graph: Mapping[str, list[str]], wanted: list[str]) -> dict[str, 
 
 
 def unchanged(folder: Path, graph: Mapping[str, list[str]], processes: Processes) -> set[str]:
-    """The stages whose outputs are there and whose inputs are as they were, down to the first that has something to do."""
+    """The stages whose outputs are there and whose inputs are as they were, down to the first that has something to do.
+
+    What the cache has of them is restored; those that it has not are forgotten in dvc.lock (see `forget`).
+    """
     lines: list[str] = []
     processes.run([*DVC, "checkout", "--quiet", "--allow-missing"], folder, lambda _: None)
     failed = processes.run([*DVC, "status", "--json"], folder, lines.append)
@@ -71,12 +74,34 @@ def unchanged(folder: Path, graph: Mapping[str, list[str]], processes: Processes
     if failed or told is None:
         found = (lines or ["no output"])[-1]
         raise CaloraError("dvc status", "the state of the stages", found, "mend dvc.yaml or params.yaml")
-    changed = set(json.loads(told))
+    changed = json.loads(told)
+    forget(folder, {stage for stage in graph if _lost(changed.get(stage, []))})
     same: set[str] = set()
     for stage, needs in graph.items():
         if stage not in changed and all(needed in same for needed in needs):
             same.add(stage)
     return same
+
+
+def forget(folder: Path, lost: set[str]) -> None:
+    """Take stages whose outputs are at hand nowhere out of dvc.lock: DVC then asks the cache of earlier runs for them.
+
+    It does not ask for a stage that dvc.lock holds as it is: where dvc.lock was committed on a machine whose processor
+    rounds otherwise, every run would compute that stage anew.
+    """
+    from dvc.utils.serialize import modify_yaml
+
+    path = folder / "dvc.lock"
+    if lost and path.exists():
+        with modify_yaml(str(path)) as locked:
+            for stage in lost:
+                locked.get("stages", {}).pop(stage, None)
+
+
+def _lost(changes: list[Any]) -> bool:
+    """Whether DVC's status of a stage says that outputs are missing, here and in the cache."""
+    outputs = [state for change in changes if isinstance(change, dict) for state in change.get("changed outs", {}).values()]
+    return any(state in ("deleted", "not in cache") for state in outputs)
 
 
 def run_stage(stage: str, folder: Path, processes: Processes, say: Callable[[str], None], pull: bool = False) -> str:

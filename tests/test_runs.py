@@ -1,5 +1,6 @@
 """Runs in checkouts of their own: what they may change, what they leave behind, and that stopped means stopped."""
 
+import hashlib
 import json
 import os
 import re
@@ -237,6 +238,18 @@ def test_a_run_becomes_an_experiment_and_the_same_again_comes_from_the_cache(pro
     )
     rows = {row["name"]: row for row in json.loads(shown.stdout)[1]["experiments"]}
     assert rows["first"]["revs"][0]["data"]["params"]["params.yaml"]["data"]["number"] == 7
+
+
+def test_a_lock_from_another_machine_does_not_keep_a_run_from_the_cache(project, prefect_api):
+    assert run(name="here").is_completed()
+    text = files_of(project, "here")("dvc.lock")
+    for digest in set(re.findall(r"md5: ([0-9a-f]{32})\n\s+size: \d+\n  \w", text)):  # of outputs: each ends its stage
+        text = text.replace(digest, hashlib.md5(digest.encode()).hexdigest())
+    (project / "dvc.lock").write_text(text)
+    git(project, "add", "dvc.lock")
+    git(project, "commit", "--quiet", "--message", "results of another processor")
+    states = run(name="there").result()
+    assert {states[stage] for stage in ("number", "square@a", "square@b")} == {"Cached"}
 
 
 def test_a_failed_stage_fails_the_run_and_leaves_other_branches_going(project, prefect_api):
