@@ -165,11 +165,13 @@ def write_adapter(
         adapter.config.base_model_name_or_path = base
         adapter.config.inference_mode = True
         adapter.config.save_pretrained(str(scratch))
-        if adapter.meta:
-            config = json.loads((scratch / CONFIG).read_text())
-            if adapter.recovery:
-                config["calora"] = f"the recovery part is in {RECOVERY}: load this folder with calora to use it"
-            write_json(scratch / CONFIG, config)
+        config = json.loads((scratch / CONFIG).read_text())
+        for key in ("target_modules", "exclude_modules"):  # sets in PEFT, whose order differs from process to process
+            if isinstance(config[key], list):
+                config[key].sort()
+        if adapter.recovery:
+            config["calora"] = f"the recovery part is in {RECOVERY}: load this folder with calora to use it"
+        write_json(scratch / CONFIG, config)
         write_tensors(scratch / LORA, {PREFIX + key: tensor.to(dtype) for key, tensor in adapter.lora.items()})
         if adapter.recovery:
             write_tensors(scratch / RECOVERY, {key: tensor.to(dtype) for key, tensor in adapter.recovery.items()})

@@ -61,7 +61,7 @@ def recovered_share(
     """(recovered - compressed) / (uncompressed - compressed), with its 95 % bootstrap interval over test items.
 
     `below_noise` is true where the interval of the denominator touches 0: then there was no gap to recover, and
-    the share says nothing (its interval is null).
+    the share says nothing (its interval is null). A resample without a gap counts as if the gap were one item.
     """
     r, c, u = (np.asarray(scores, dtype=float) for scores in (recovered, compressed, uncompressed))
     gap = float((u - c).mean())
@@ -70,7 +70,7 @@ def recovered_share(
     below_noise = gap_interval[0] <= 0
     return {
         "value": None if gap == 0 else round(float((r - c).mean()) / gap, 4),
-        "ci": None if below_noise else interval(samples[:, 0] / np.where(samples[:, 1] == 0, np.nan, samples[:, 1])),
+        "ci": None if below_noise else interval(samples[:, 0] / np.maximum(samples[:, 1], 1 / len(r))),
         "below_noise": below_noise,
         "gap": {"value": round(gap, 4), "ci": gap_interval},
     }

@@ -100,7 +100,9 @@ def forget(folder: Path, lost: set[str]) -> None:
 
 def _lost(changes: list[Any]) -> bool:
     """Whether DVC's status of a stage says that outputs are missing, here and in the cache."""
-    outputs = [state for change in changes if isinstance(change, dict) for state in change.get("changed outs", {}).values()]
+    outputs = [
+        state for change in changes if isinstance(change, dict) for state in change.get("changed outs", {}).values()
+    ]
     return any(state in ("deleted", "not in cache") for state in outputs)
 
 

@@ -152,6 +152,15 @@ def test_zero_bypass_starts_at_the_inherited_lora(project, tmp_path):
     assert torch.equal(*outputs)
 
 
+def test_adapter_folders_do_not_depend_on_the_process_that_wrote_them(project):
+    """PEFT keeps the targets as a set of strings: their order on disk would be another in every process."""
+    targets = [
+        json.loads(file.read_text())["target_modules"] for file in project.glob("models/*/toy/**/adapter_config.json")
+    ]
+    assert max(map(len, targets)) == 7
+    assert all(names == sorted(names) for names in targets)
+
+
 def test_wrong_base_is_refused_with_both_fingerprints(project):
     params = load_params(project / "params.yaml")
     os.chdir(project)
