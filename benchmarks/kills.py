@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from pipeline.checkout import commit_of, experiments, git
-from pipeline.compare import files_of
+from pipeline.experiment import files_of
 from tests.toyproject import left, make_toy, processes, start_run
 
 GONE = 10  # seconds until no process may be left of a run that was killed, or ended because a stage of it was

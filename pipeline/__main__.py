@@ -88,7 +88,8 @@ def compare(command: argparse.ArgumentParser) -> Act:
 
     def act(chosen: argparse.Namespace) -> None:
         from pipeline.checkout import commit_of, experiments
-        from pipeline.compare import WORKSPACE, compare
+        from pipeline.compare import compare
+        from pipeline.experiment import WORKSPACE
 
         compare(ROOT, chosen.experiments or [WORKSPACE, *experiments(ROOT, commit_of(ROOT, "HEAD"))])
 

@@ -2,75 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import yaml
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.table import Table
 
 from calora.artifacts import write_text
-from calora.errors import CaloraError
-from pipeline.page import Experiment, Found, page
+from pipeline.experiment import Experiment, differing, read_experiment
+from pipeline.page import page
+from pipeline.seeds import over_seeds
 
 REPORT = Path("results/report.html")
-WORKSPACE = "workspace"
 WIDE = 160  # columns where the output is no terminal
-
-
-def files_of(root: Path, name: str) -> Callable[[str], str]:
-    """Reads files of the working tree, or of a commit or an experiment, from DVC's cache (or a remote), by their path."""
-    from dvc.api import DVCFileSystem
-
-    if name == WORKSPACE:
-        return lambda path: (root / path).read_text(encoding="utf-8")
-    files = DVCFileSystem(str(root), rev=name)
-    return lambda path: str(files.read_text(path, encoding="utf-8"))
-
-
-def read_experiment(root: Path, name: str) -> Experiment:
-    """The results and the parameters of an experiment.
-
-    Raises:
-        CaloraError: it has no results.
-    """
-    try:
-        text = files_of(root, name)
-        params = yaml.safe_load(text("params.yaml"))
-        found = {
-            task: {recipe: _found(text, f"{task}/{recipe}") for recipe in params["recipes"]} for task in params["tasks"]
-        }
-    except Exception as error:  # dvc raises many kinds for "no such commit", "not in the cache", "no such file"
-        told = str(error).strip().splitlines() or [type(error).__name__]
-        fix = "choose one of `dvc exp list`, or run it again"
-        raise CaloraError(f"experiment {name}", "its results", told[0], fix) from None
-    return Experiment(found, flat(params))
-
-
-def _found(text: Callable[[str], str], place: str) -> Found:
-    metrics, curves = (json.loads(text(f"models/evaluated/{place}/{part}.json")) for part in ("metrics", "curves"))
-    return Found(metrics, curves, json.loads(text(f"models/inherited/{place}/inherit.json")).get("errors", {}))
-
-
-def flat(params: dict[str, Any], above: str = "") -> dict[str, Any]:
-    """Nested sections -> one level of keys with dots."""
-    leaves: dict[str, Any] = {}
-    for key, value in params.items():
-        leaves |= flat(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
-    return leaves
-
-
-def differing(experiments: dict[str, Experiment]) -> dict[str, Experiment]:
-    """The experiments with only those parameters that are not the same in all."""
-    keys = {key for one in experiments.values() for key in one.params}
-    differ = [key for key in sorted(keys) if len({repr(one.params.get(key)) for one in experiments.values()}) > 1]
-    return {
-        name: Experiment(one.found, {key: one.params.get(key, "") for key in differ})
-        for name, one in experiments.items()
-    }
 
 
 def compare(root: Path, names: Sequence[str]) -> Path:
@@ -78,6 +24,8 @@ def compare(root: Path, names: Sequence[str]) -> Path:
     chosen = differing({name: read_experiment(root, name) for name in names})
     console = Console() if sys.stdout.isatty() else Console(width=WIDE)
     console.print(overview(chosen))
+    if means := over_seeds(chosen):
+        console.print(Markdown(means.markdown()))
     path = root / REPORT
     write_text(path, page(chosen))
     console.print(f"Report: {path.resolve().as_uri()}", soft_wrap=True)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from html import escape
-from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 
+from pipeline.experiment import Experiment, Found
+from pipeline.seeds import over_seeds
 from stages import plots
 from stages.tables import Table, of_methods, of_runs
 
@@ -36,28 +36,13 @@ th { background: var(--soft); white-space: normal; vertical-align: bottom } .tex
 """
 
 
-@dataclass(frozen=True)
-class Found:
-    """What one task and recipe gave: metrics.json, the validation curves, and layer -> [error before, after]."""
-
-    metrics: dict[str, Any]
-    curves: dict[str, Any]
-    errors: dict[str, list[float]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """A run: task -> recipe -> what it found, and the parameters that tell it from the others."""
-
-    found: Mapping[str, Mapping[str, Found]]
-    params: Mapping[str, Any] = field(default_factory=dict)
-
-
 def page(experiments: Mapping[str, Experiment]) -> str:
     """The HTML of one experiment or of several, by name."""
     parts = ["<h1>CA-LoRA: results</h1>"]
     if any(one.params for one in experiments.values()):
         parts.append(table_html(of_params(experiments)))
+    if means := over_seeds(experiments):
+        parts.append(table_html(means))
     runs = sum(len(recipes) for one in experiments.values() for recipes in one.found.values())
     for task in dict.fromkeys(task for one in experiments.values() for task in one.found):
         chosen = {name: one.found[task] for name, one in experiments.items() if task in one.found}

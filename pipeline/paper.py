@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from calora.artifacts import write_text
-from pipeline.compare import files_of
+from pipeline.experiment import files_of
+from pipeline.seeds import NOTE, score_of
 from pipeline.settings import KEYS
 from pipeline.sweep import sweep
 from stages import plots
@@ -42,7 +43,7 @@ def ablation(root: Path, task: str, recipe: str, seeds: Sequence[int]) -> Path:
     for on, (mean, ci, each) in scores.items():
         marks = ["yes" if value else "-" for value in on]
         table.rows.append([*marks, f"{mean:.3f}", interval(ci), *(f"{one:.3f}" for one in each)])
-    table.notes = ["Intervals are bootstrapped over test items and seeds together."]
+    table.notes = [NOTE]
     stem = root / f"results/ablation-{task}-{recipe}"
     write_text(stem.with_suffix(".md"), table.markdown() + "\n")
     named = {
@@ -56,18 +57,6 @@ def ablation(root: Path, task: str, recipe: str, seeds: Sequence[int]) -> Path:
 def switches_of(cell: Mapping[str, Any]) -> str:
     """Of a cell of the ablation: inherit-distil-seed0."""
     return f"{'-'.join(name for name, key in SWITCHES.items() if cell[key]) or 'none'}-seed{cell['seed']}"
-
-
-def score_of(hits: np.ndarray[Any, Any], draws: int = 2000) -> tuple[float, list[float], list[float]]:
-    """Mean over seeds and items of hits [seeds, items], its 95 % interval (both are drawn anew), and each seed's mean."""
-    generator = np.random.default_rng(0)
-    seeds, items = hits.shape
-    means = [
-        hits[np.ix_(generator.integers(seeds, size=seeds), generator.integers(items, size=items))].mean()
-        for _ in range(draws)
-    ]
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(hits.mean()), [float(low), float(high)], hits.mean(1).tolist()
 
 
 def convergence(root: Path, task: str, recipes: Sequence[str], eval_every: int = 10) -> Path:

@@ -17,8 +17,8 @@ from prefect.artifacts import (
 
 from calora.artifacts import write_text
 from calora.errors import CaloraError
-from pipeline.compare import WORKSPACE, differing, read_experiment
-from pipeline.page import Experiment, page
+from pipeline.experiment import WORKSPACE, Experiment, differing, read_experiment
+from pipeline.page import page
 from stages import plots
 
 REPORTS = Path(".cache/reports")

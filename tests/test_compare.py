@@ -9,10 +9,12 @@ from rich.console import Console
 
 from calora.artifacts import write_text
 from calora.errors import CaloraError
-from pipeline import compare as comparing
+from pipeline import experiment as reading
 from pipeline.checkout import git
-from pipeline.compare import compare, differing, overview, read_experiment
-from pipeline.page import DETAILED, Experiment, page
+from pipeline.compare import compare, overview
+from pipeline.experiment import Experiment, Found, differing, read_experiment
+from pipeline.page import DETAILED, page
+from pipeline.seeds import over_seeds
 from pipeline.show import REPORTS, SERVED, difference, show_results
 from stages.plots import METHODS
 
@@ -34,6 +36,7 @@ def results(score: float) -> dict[str, dict]:
     return {
         "models/evaluated/movies/q8_up/metrics.json": metrics,
         "models/evaluated/movies/q8_up/curves.json": {"clm_lora": curve, "clm_calora": curve},
+        "models/evaluated/movies/q8_up/predictions.json": {m: {"correct": [1, 0], "answers": []} for m in METHODS},
         "models/inherited/movies/q8_up/inherit.json": {"errors": errors},
     }
 
@@ -49,7 +52,7 @@ def project(tmp_path, monkeypatch):
         params = {"tasks": ["movies"], "recipes": ["q8_up"], "distill": {"alpha": 0.01 if name == "low" else 0.1}}
         return lambda path: yaml.safe_dump(params) if path == "params.yaml" else json.dumps(found[name][path])
 
-    monkeypatch.setattr(comparing, "files_of", files_of)
+    monkeypatch.setattr(reading, "files_of", files_of)
     return tmp_path
 
 
@@ -67,7 +70,7 @@ def test_the_page_stands_alone_and_tells_the_experiments_apart(project, capsys):
 
 def test_a_page_of_many_runs_stays_below_3_mb():
     def run(number):
-        found = comparing._found(lambda path: json.dumps(results(0.6 + number / 1000)[path]), "movies/q8_up")
+        found = reading._found(lambda path: json.dumps(results(0.6 + number / 1000)[path]), "movies/q8_up")
         return Experiment({"movies": {"q8_up": found}}, {"distill.alpha": number})
 
     one, two, three = (page({f"experiment{i}": run(i) for i in range(count)}) for count in (1, 2, 3))
@@ -88,6 +91,28 @@ def test_the_overview_has_a_line_for_each_with_the_parameters_that_differ(projec
     assert lines[1].split()[:3] == ["low", "movies", "q8_up"] and lines[2].split()[-1] == "0.1" and "+0.050" in lines[1]
 
 
+def seeded(ours, fresh, **params):
+    """An experiment of 100 test items, so many of them right."""
+    correct = {name: [1] * right + [0] * (100 - right) for name, right in (("clm_calora", ours), ("clm_lora", fresh))}
+    found = reading._found(lambda path: json.dumps(results(0.8)[path]), "movies/q8_up")
+    return Experiment({"movies": {"q8_up": Found(found.metrics, found.curves, {}, correct)}}, params)
+
+
+def test_runs_that_differ_by_their_seed_alone_are_taken_together(project, capsys):
+    runs = {
+        "a": seeded(80, 70, seed=0, alpha=0.1, recipes=["q8_up"]),
+        "b": seeded(90, 70, seed=1, alpha=0.1, recipes=["q8_up", "q8"]),
+        "c": seeded(90, 60, seed=0, alpha=0.3, recipes=["q8_up"]),  # alone with its alpha
+    }
+    table = over_seeds(runs)
+    (row,) = table.rows
+    assert table.header[:4] == ["task", "recipe", "alpha", "seeds"] and len(row) == len(table.header)
+    assert row[:6] == ["movies", "q8_up", "0.1", "0, 1", "0.700", "0.850"] and row[-1].startswith("+0.150 [+0.")
+    assert "Means over seeds" in page(runs)
+    assert over_seeds({"c": runs["c"], "b": seeded(90, 70, seed=0, alpha=0.2)}) is None
+    assert "Means over seeds" not in compare(project, ["low", "<high>"]).read_text(encoding="utf-8")
+
+
 def test_a_run_shows_tables_pictures_and_its_report(project, tmp_path, prefect_api, monkeypatch):
     from prefect.client.orchestration import get_client
 
@@ -102,7 +127,7 @@ def test_a_run_shows_tables_pictures_and_its_report(project, tmp_path, prefect_a
     root.mkdir()
     git(root, "init", "--quiet")
     monkeypatch.setattr(
-        comparing, "files_of", lambda place, name: lambda path: (place / path).read_text(encoding="utf-8")
+        reading, "files_of", lambda place, name: lambda path: (place / path).read_text(encoding="utf-8")
     )
     show_results(root, folder, "0" * 40, "mine")
     with get_client(sync_client=True) as client:

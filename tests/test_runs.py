@@ -20,7 +20,7 @@ from pipeline import guard, offline, ui
 from pipeline import serve as serving
 from pipeline.__main__ import main
 from pipeline.checkout import checkout, commit_of, experiments, git, owned, resumable, sweep, uncommitted
-from pipeline.compare import files_of, flat
+from pipeline.experiment import files_of, flat
 from pipeline.graph import StageFailed, run_stage, stages, unchanged, with_needed
 from pipeline.process import Processes, Stopped
 from pipeline.settings import RECIPES, ROOT, Settings, changes, write_params

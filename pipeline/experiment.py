@@ -1,0 +1,87 @@
+"""An experiment as it is read back: from the working tree, from a commit, or from DVC's cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from calora.errors import CaloraError
+
+WORKSPACE = "workspace"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one task and recipe gave: metrics.json, the validation curves, layer -> [error before, after], and method -> whether each test item is right."""
+
+    metrics: dict[str, Any]
+    curves: dict[str, Any]
+    errors: dict[str, list[float]] = field(default_factory=dict)
+    correct: dict[str, list[int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A run: task -> recipe -> what it found, and the parameters that tell it from the others."""
+
+    found: Mapping[str, Mapping[str, Found]]
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+
+def files_of(root: Path, name: str) -> Callable[[str], str]:
+    """Reads files of the working tree, or of a commit or an experiment, from DVC's cache (or a remote), by their path."""
+    from dvc.api import DVCFileSystem
+
+    if name == WORKSPACE:
+        return lambda path: (root / path).read_text(encoding="utf-8")
+    files = DVCFileSystem(str(root), rev=name)
+    return lambda path: str(files.read_text(path, encoding="utf-8"))
+
+
+def read_experiment(root: Path, name: str) -> Experiment:
+    """The results and the parameters of an experiment.
+
+    Raises:
+        CaloraError: it has no results.
+    """
+    try:
+        text = files_of(root, name)
+        params = yaml.safe_load(text("params.yaml"))
+        found = {
+            task: {recipe: _found(text, f"{task}/{recipe}") for recipe in params["recipes"]} for task in params["tasks"]
+        }
+    except Exception as error:  # dvc raises many kinds for "no such commit", "not in the cache", "no such file"
+        told = str(error).strip().splitlines() or [type(error).__name__]
+        fix = "choose one of `dvc exp list`, or run it again"
+        raise CaloraError(f"experiment {name}", "its results", told[0], fix) from None
+    return Experiment(found, flat(params))
+
+
+def _found(text: Callable[[str], str], place: str) -> Found:
+    parts = ("metrics", "curves", "predictions")
+    metrics, curves, answers = (json.loads(text(f"models/evaluated/{place}/{part}.json")) for part in parts)
+    errors = json.loads(text(f"models/inherited/{place}/inherit.json")).get("errors", {})
+    return Found(metrics, curves, errors, {method: said["correct"] for method, said in answers.items()})
+
+
+def flat(params: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """Nested sections -> one level of keys with dots."""
+    leaves: dict[str, Any] = {}
+    for key, value in params.items():
+        leaves |= flat(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
+    return leaves
+
+
+def differing(experiments: dict[str, Experiment]) -> dict[str, Experiment]:
+    """The experiments with only those parameters that are not the same in all."""
+    keys = {key for one in experiments.values() for key in one.params}
+    differ = [key for key in sorted(keys) if len({repr(one.params.get(key)) for one in experiments.values()}) > 1]
+    return {
+        name: Experiment(one.found, {key: one.params.get(key, "") for key in differ})
+        for name, one in experiments.items()
+    }
