@@ -35,7 +35,8 @@ def ablation(root: Path, task: str, recipe: str, seeds: Sequence[int]) -> Path:
         files = files_of(root, name)
         answers = json.loads(files(f"models/evaluated/{task}/{recipe}/predictions.json"))
         hits.setdefault(on, []).append([int(hit) for hit in answers[METHOD]["correct"]])
-    scores = {on: score_of(np.array(rows)) for on, rows in hits.items()}
+    answered = {on: np.array(rows, float) for on, rows in hits.items()}
+    scores = {on: score_of(rows) for on, rows in answered.items()}
     table = Table(
         f"Ablation: {task}, {recipe}, seeds {', '.join(map(str, seeds))}",
         [*SWITCHES, "accuracy", "95 % interval", *(f"seed {seed}" for seed in seeds)], {4},
@@ -43,7 +44,7 @@ def ablation(root: Path, task: str, recipe: str, seeds: Sequence[int]) -> Path:
     for on, (mean, ci, each) in scores.items():
         marks = ["yes" if value else "-" for value in on]
         table.rows.append([*marks, f"{mean:.3f}", interval(ci), *(f"{one:.3f}" for one in each)])
-    table.notes = [NOTE]
+    table.notes = [*(effect(answered, place) for place in range(len(SWITCHES))), NOTE]
     stem = root / f"results/ablation-{task}-{recipe}"
     write_text(stem.with_suffix(".md"), table.markdown() + "\n")
     named = {
@@ -52,6 +53,14 @@ def ablation(root: Path, task: str, recipe: str, seeds: Sequence[int]) -> Path:
     }
     plots.ranking(named, f"{task}, {recipe}").savefig(stem.with_suffix(".png"), dpi=130)
     return stem.with_suffix(".md")
+
+
+def effect(answered: Mapping[tuple[bool, ...], np.ndarray[Any, Any]], place: int) -> str:
+    """What one switch adds, on average over the settings of the others: the paired difference, in words."""
+    pairs = len(answered) // 2
+    gains = sum((rows if on[place] else -rows) / pairs for on, rows in answered.items())
+    mean, ci, _ = score_of(np.asarray(gains))
+    return f"{list(SWITCHES)[place]} adds {mean:+.3f} {interval(ci, '+')}, on average over the other two."
 
 
 def switches_of(cell: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -42,9 +43,16 @@ def test_the_ablation_has_eight_cells_with_every_seed_and_their_own_scores(exper
         and "ablation-movies-q8_up-none-seed0" in experiments
     )
     assert all(c["tasks"] == ["movies"] and c["recipes"] == ["q8_up"] for c in experiments.values())
-    rows = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in text.splitlines() if "0." in line]
+    rows = [
+        [cell.strip(" *") for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("|") and "0." in line
+    ]
     scores = {tuple(value == "yes" for value in row[:3]): float(row[3]) for row in rows}
     assert scores == {on: RIGHT.get(on, 0.7) for on in itertools.product((False, True), repeat=3)}
+    # One corner is 0.2 below and one 0.2 above the others: each switch adds (0.2 + 0.2) / 4.
+    for switch in ("inherit", "recover", "distil"):
+        assert re.search(rf"^{switch} adds \+0\.100 \[\+0\.0\d\d, \+0\.1\d\d\], on average", text, re.M)
     assert (tmp_path / "results/ablation-movies-q8_up.png").stat().st_size > 10_000
 
 
