@@ -178,20 +178,25 @@ def test_sweep_is_the_greedy_optimum_of_its_papers(group):
     groups = [list(range(start, start + group)) for start in range(0, 32, group)]
     groups.sort(key=lambda inputs: -sum(size[i] for i in inputs))
     order = [i for inputs in groups for i in sorted(inputs, key=lambda i: -size[i])]
-    naive, left = weight.double().clone(), list(order)
+    naive, left, tied = weight.double().clone(), list(order), torch.zeros(weight.shape, dtype=torch.bool)
     for turn, column in enumerate(order):
         inverse = torch.linalg.inv(hessian[left][:, left])
         if turn % group == 0:
             grid = to_int4(group)(naive[:, groups[turn // group]].float())
         new = grid.column(naive[:, column].float()).double()
+        below, above = (grid.column((naive[:, column] + shift).float()) for shift in (-1e-3, 1e-3))
+        tied[:, column] = below != above
         error = (naive[:, column] - new) / inverse[0, 0]
         naive[:, left] -= error.unsqueeze(1) * inverse[0].unsqueeze(0)
         naive[:, column] = new
         left = left[1:]
     ours, grid = round_to(weight, moment, to_int4(group), group)
     torch.testing.assert_close(grid.decode(grid.encode(ours)), ours)
-    # A value that falls near the middle between two codes may go the other way in fp32.
-    assert float(((ours - naive.float()).abs() > 1e-3).float().mean()) < 0.02
+    # A value that falls near the middle between two codes may go the other way in fp32, and those of its row after it too.
+    astray = ((ours - naive.float()).abs() > 1e-3)[:, order]
+    rows = astray.any(1)
+    assert float(rows.float().mean()) < 0.25
+    assert bool(tied[:, order][rows, astray[rows].int().argmax(1)].all())
     factor = inverse_factor(moment).double()
     torch.testing.assert_close(factor.T @ factor, torch.linalg.inv(hessian), rtol=1e-4, atol=1e-7)
 
