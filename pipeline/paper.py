@@ -34,7 +34,7 @@ def ablation(root: Path, task: str, recipe: str, seeds: Sequence[int]) -> Path:
     for (on, _), name in zip(cells, names, strict=True):
         files = files_of(root, name)
         answers = json.loads(files(f"models/evaluated/{task}/{recipe}/predictions.json"))
-        hits.setdefault(on, []).append([int(hit) for hit in answers[METHOD]["correct"]])
+        hits.setdefault(on, []).append(answers[METHOD]["correct"])
     answered = {on: np.array(rows, float) for on, rows in hits.items()}
     scores = {on: score_of(rows) for on, rows in answered.items()}
     table = Table(
