@@ -18,15 +18,18 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 from transformers import PhiConfig, PhiForCausalLM
 
-from calora.adapters import attach_adapter, read_plain_lora, set_active
-from calora.batching import epoch_batches, length_batches
-from calora.compression import Calibration, compress
-from calora.evaluate import accuracy
-from calora.inheritance import carry_lora
-from calora.models import load_model, load_tokenizer, pad
-from calora.origin import Origin
-from calora.progress import progress
-from calora.tasks import Example, encode_all
+from calora.adapters.folder import read_plain_lora
+from calora.adapters.lora import attach_adapter, set_active
+from calora.adapters.origin import Origin
+from calora.common.batching import epoch_batches, length_batches
+from calora.common.progress import progress
+from calora.compression.__init__ import compress
+from calora.compression.walk import Calibration
+from calora.evaluation.predict import accuracy
+from calora.inheritance.inherit import carry_lora
+from calora.models.families import pad
+from calora.models.loading import load_model, load_tokenizer
+from calora.models.tasks import Example, encode_all
 from stages.common import BASE, teacher
 from stages.config import Scores, load_params
 from stages.corpora import split_pools, task_of

@@ -35,9 +35,10 @@ def folder_of(recipe: str) -> Path:
 
 def make(recipe: str) -> None:
     """Compress the base by a recipe of params.yaml, unless that was done."""
-    from calora.compressed import save
-    from calora.compression import Calibration, compress
-    from calora.models import load_model, load_tokenizer
+    from calora.compression.__init__ import compress
+    from calora.compression.walk import Calibration
+    from calora.models.loading import load_model, load_tokenizer
+    from calora.saving import save
     from stages.common import BASE
     from stages.config import load_params
     from stages.splits import read_calibration
@@ -55,8 +56,8 @@ def opened(recipe: str, adapter: str) -> Any:
         from peft import PeftModel, get_peft_model
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from calora.adapters import lora_config
-        from calora.onetoken import OneToken
+        from calora.adapters.lora import lora_config
+        from calora.layers.onetoken import OneToken
 
         model: Any = AutoModelForCausalLM.from_pretrained("models/base", dtype=torch.bfloat16)
         if recipe == DENSE_TUNED:
@@ -73,9 +74,10 @@ def opened(recipe: str, adapter: str) -> Any:
 
     model = calora.load(folder_of(recipe))
     if adapter != "none":
-        from calora.adapters import attach_adapter, read_plain_lora, set_active
-        from calora.calibrate import linear_layers
-        from calora.inheritance import carry_lora, random_bypasses
+        from calora.adapters.folder import read_plain_lora
+        from calora.adapters.lora import attach_adapter, set_active
+        from calora.inheritance.inherit import carry_lora, random_bypasses
+        from calora.models.anatomy import linear_layers
 
         made, _ = carry_lora(model, read_plain_lora(teacher), model.calora_origin)
         if adapter == "CA-LoRA":

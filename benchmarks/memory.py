@@ -14,13 +14,14 @@ from pathlib import Path
 
 import torch
 
-from calora.adapters import lora_config, read_adapter
+from calora.adapters.folder import read_adapter
+from calora.adapters.lora import lora_config
 from calora.compressed import load
-from calora.distillation import distill, finetune
-from calora.models import load_model, load_tokenizer
-from calora.targets import Target, Targets
-from calora.tasks import Example, encode_all
-from calora.training import Schedule
+from calora.distillation.distill import distill, finetune
+from calora.distillation.targets import Target, Targets
+from calora.distillation.training import Schedule
+from calora.models.loading import load_model, load_tokenizer
+from calora.models.tasks import Example, encode_all
 from stages.baseline import config_of
 from stages.common import BASE, adapter, compressed, targets
 from stages.config import load_params

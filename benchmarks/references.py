@@ -63,11 +63,12 @@ def linear_weights(model: Any) -> Weights:
 
 def ours() -> Iterator[tuple[str, Callable[[], Weights]]]:
     """Recipes of one step."""
-    from calora.calibrate import linear_layers
-    from calora.compression import Calibration, compress
-    from calora.layout import dense_weight
-    from calora.models import load_model
-    from calora.tasks import Example
+    from calora.compression.__init__ import compress
+    from calora.compression.walk import Calibration
+    from calora.layers.layout import dense_weight
+    from calora.models.anatomy import linear_layers
+    from calora.models.loading import load_model
+    from calora.models.tasks import Example
 
     def made(step: dict[str, Any]) -> Weights:
         model = load_model(Path(BASE), torch.bfloat16)

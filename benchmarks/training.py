@@ -14,11 +14,11 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from calora.adapters import lora_config
-from calora.distillation import finetune
-from calora.models import load_model, load_tokenizer
-from calora.tasks import Example, encode_all
-from calora.training import Schedule
+from calora.adapters.lora import lora_config
+from calora.distillation.distill import finetune
+from calora.distillation.training import Schedule
+from calora.models.loading import load_model, load_tokenizer
+from calora.models.tasks import Example, encode_all
 from stages.common import BASE
 from stages.splits import read_split, read_task
 

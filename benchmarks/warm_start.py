@@ -10,13 +10,15 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from calora.adapters import attach_adapter, read_plain_lora, set_active
-from calora.calibrate import input_second_moments, linear_layers
+from calora.adapters.folder import read_plain_lora
+from calora.adapters.lora import attach_adapter, set_active
 from calora.compressed import load
-from calora.evaluate import accuracy
-from calora.models import load_model, load_tokenizer
-from calora.tasks import encode_all
-from calora.warmstart import best_linear_correction
+from calora.evaluation.predict import accuracy
+from calora.models.anatomy import linear_layers
+from calora.models.loading import load_model, load_tokenizer
+from calora.models.moments import input_second_moments
+from calora.models.tasks import encode_all
+from calora.recovery.warmstart import best_linear_correction
 from stages.common import BASE, compressed, teacher
 from stages.config import load_params
 from stages.corpora import split_pools

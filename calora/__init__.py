@@ -14,14 +14,14 @@ __version__ = "0.1.0"
 
 _HOME = {
     "CaloraError": "calora.errors",
-    "RecoveryBypass": "calora.recovery",
-    "Task": "calora.tasks",
+    "RecoveryBypass": "calora.recovery.bypass",
+    "Task": "calora.models.tasks",
     "compress": "calora.compression",
-    "distill": "calora.distillation",
-    "fold": "calora.adapters",
-    "inherit": "calora.inheritance",
+    "distill": "calora.distillation.distill",
+    "fold": "calora.adapters.fold",
+    "inherit": "calora.inheritance.inherit",
     "load": "calora.compressed",
-    "save": "calora.compressed",
+    "save": "calora.saving",
 }
 __all__ = ["__version__", *_HOME]
 

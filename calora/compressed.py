@@ -1,46 +1,27 @@
-"""A compressed model on disk and in memory: packed safetensors, compression.json, and hot-swappable adapters."""
+"""A compressed model in memory: a transformers model with packed layers and hot-swappable adapters."""
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate import init_empty_weights
-from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from calora.adapters import attach_adapter, read_adapter, set_active
-from calora.artifacts import (
-    check_tensors,
-    fingerprint,
-    read_json,
-    read_tensors,
-    stored_tensors,
-    whole_directory,
-    write_json,
-    write_tensors,
-)
+from calora.adapters.folder import read_adapter
+from calora.adapters.lora import attach_adapter, set_active
+from calora.adapters.origin import Origin
+from calora.common.artifacts import check_tensors, fingerprint, read_json, read_tensors, stored_tensors
 from calora.errors import CaloraError
-from calora.evaluate import predict
-from calora.formats import quantization_config, stored_as
-from calora.layout import build
-from calora.models import load_tokenizer, model_class
-from calora.onetoken import OneToken
-from calora.origin import Origin
-from calora.tasks import Task, encode_all
+from calora.evaluation.predict import predict
+from calora.layers.layout import build
+from calora.layers.onetoken import OneToken
+from calora.models.loading import load_tokenizer, model_class
+from calora.models.tasks import Task, encode_all
+from calora.saving import KEPT, REPORT, VERSION, WEIGHTS
 
-REPORT = "compression.json"
-WEIGHTS, KEPT = "model.safetensors", "kept.safetensors"
-VERSION = 2  # of compression.json and of the layers that it describes
 MADE_BY = "run `dvc repro` to make the compressed model"
-SIZES = (
-    "d_ff", "intermediate_size", "num_layers", "num_decoder_layers", "num_hidden_layers", "head_dim",
-    "num_key_value_heads", "num_attention_heads", "layer_types",
-)  # fmt: skip
-CARRIED = ("generation_config.json", "*token*", "*.model", "vocab*", "merges*", "chat_template*")
 
 
 class Compressed(OneToken, PreTrainedModel):
@@ -90,51 +71,6 @@ class Compressed(OneToken, PreTrainedModel):
         return predict(self, task, self.calora_tokenizer, examples, batch_size).answers
 
     calora_active: str | None = None
-
-
-def save(model: PreTrainedModel, report: Mapping[str, Any], directory: Path, base: Path) -> None:
-    """Write a compressed model: packed weights, compression.json, configuration and the base's tokenizer.
-
-    Tensors that are shared in memory (tied embeddings) are stored once. What remains of the original's outputs and
-    inputs, where some were cut or moved, goes to kept.safetensors.
-    """
-    tensors: dict[str, Tensor] = {}
-    tied: dict[str, str] = {}
-    names: dict[int, str] = {}
-    for name, tensor in model.state_dict().items():
-        first = names.setdefault(tensor.data_ptr(), name) if tensor.numel() else name
-        if first == name:
-            tensors[name] = tensor
-        else:
-            tied[name] = first
-    told = {**report, "tied": tied}
-    kept = told.pop("kept")
-    format = quantization_config(told, theirs=not model._keep_in_fp32_modules)
-    tensors = stored_as(format, tensors, tied)
-    config = json.loads((base / "config.json").read_text(encoding="utf-8")) | sizes(model)
-    with whole_directory(directory) as scratch:
-        for pattern in CARRIED:
-            for file in base.glob(pattern):
-                shutil.copyfile(file, scratch / file.name)
-        write_json(scratch / "config.json", config | ({"quantization_config": format} if format else {}))
-        write_tensors(scratch / WEIGHTS, tensors)
-        if kept:
-            write_tensors(scratch / KEPT, kept)
-        stored = sum(file.stat().st_size for file in scratch.iterdir())
-        total = {
-            "version": VERSION,
-            "bytes_base": sum(file.stat().st_size for file in base.iterdir() if file.is_file()),
-            "bytes_without_this_report": stored,
-            "base_fingerprint": fingerprint(base),
-            "fingerprint": fingerprint(scratch),
-        }
-        write_json(scratch / REPORT, {**total, **told})
-
-
-def sizes(model: PreTrainedModel) -> dict[str, Any]:
-    """The entries of config.json that a smaller model of the same kind needs."""
-    config = model.config.to_dict()
-    return {name: config[name] for name in SIZES if name in config}
 
 
 def load(path: str | Path, dense: bool = False, attention: str = "sdpa", device: str = "cpu") -> Compressed:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from calora.nf4 import their_name
+from calora.layers.nf4 import their_name
 
 OURS = "calora"
 ENTRY = (

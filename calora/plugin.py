@@ -14,7 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from calora.formats import OURS
-from calora.layout import build, prepare
+from calora.layers.layout import build, prepare
 
 INITIALISED = "_is_hf_initialized"
 

@@ -1,4 +1,4 @@
-"""Which files a stage uses: its static imports, followed through stages/ and calora/.
+"""Which code a stage uses: its static imports, followed through stages/ and calora/; of calora the rooms, not the files.
 
 `python -m pipeline.imports` writes them into the `deps` of dvc.yaml.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # These only check values and name paths; the values themselves are tracked as params and deps.
 UNTRACKED = {"stages/config.py", "stages/common.py", "stages/__init__.py", "calora/__init__.py", "calora/errors.py"}
+BY_FILE = {"base", "download", "calibration"}
 
 
 def file_of(module: str) -> str | None:
@@ -39,7 +40,7 @@ def imports_of(file: str) -> set[str]:
     return found
 
 
-def code_of(stage: str) -> list[str]:
+def files_of(stage: str) -> list[str]:
     """All tracked files that `stages/<stage>.py` uses, itself first."""
     seen: set[str] = set()
     todo = [f"stages/{stage}.py"]
@@ -49,6 +50,18 @@ def code_of(stage: str) -> list[str]:
             seen.add(file)
             todo += imports_of(file)
     return sorted(seen, key=lambda file: (file != f"stages/{stage}.py", file))
+
+
+def room_of(file: str) -> str:
+    """The folder of a file inside a room of calora; any other file itself."""
+    parts = file.split("/")
+    return "/".join(parts[:2]) if parts[0] == "calora" and len(parts) > 2 else file
+
+
+def code_of(stage: str) -> list[str]:
+    """What the stage's `deps` name: its files, and rooms of calora, except where whole rooms would run a download anew."""
+    files = files_of(stage)
+    return files if stage in BY_FILE else list(dict.fromkeys(map(room_of, files)))
 
 
 def with_deps(text: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from calora.artifacts import write_text
+from calora.common.artifacts import write_text
 from pipeline.experiment import files_of
 from pipeline.seeds import NOTE, score_of
 from pipeline.settings import KEYS

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from calora.artifacts import check_tensors, fingerprint, whole_directory
+from calora.common.artifacts import check_tensors, fingerprint, whole_directory
 from calora.errors import CaloraError
-from calora.models import load_tokenizer
+from calora.models.loading import load_tokenizer
 from stages.common import BASE, SMALL, run
 from stages.config import Folder, Hub, Params, PyPI
 from stages.sources import fetch, first_line, read_member, unpacked

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from peft import LoraConfig
 
-from calora.adapters import check_targets, lora_config
+from calora.adapters.lora import check_targets, lora_config
 from calora.compressed import load
 from stages.common import adapter, compressed, run
 from stages.config import Params

@@ -10,10 +10,11 @@ import shutil
 
 import torch
 
-from calora.artifacts import bytes_on_disk, fingerprint, write_json
-from calora.compressed import save
-from calora.compression import Calibration, check_recipe, compress, fingerprint_of
-from calora.models import load_model, load_tokenizer
+from calora.common.artifacts import bytes_on_disk, fingerprint, write_json
+from calora.compression.__init__ import check_recipe, compress, fingerprint_of
+from calora.compression.walk import Calibration
+from calora.models.loading import load_model, load_tokenizer
+from calora.saving import save
 from stages.common import BASE, CHECKPOINTS, compressed, results, run
 from stages.config import Params
 from stages.splits import read_calibration

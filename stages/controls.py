@@ -6,11 +6,11 @@ fresh LoRAs for it, data/<task>; writes results/<task>/<recipe>/controls.json.
 
 from __future__ import annotations
 
-from calora.adapters import lora_bytes, read_adapter
-from calora.artifacts import bytes_on_disk, write_json
+from calora.adapters.folder import lora_bytes, read_adapter
+from calora.common.artifacts import bytes_on_disk, write_json
 from calora.compressed import Compressed, load
-from calora.recovery import activate
-from calora.tasks import Task
+from calora.models.tasks import Task
+from calora.recovery.bypass import activate
 from stages.common import adapter, compressed, results, run
 from stages.config import Params
 from stages.scoring import Scored, score_test

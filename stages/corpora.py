@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from calora.errors import CaloraError
-from calora.tasks import Task
+from calora.models.tasks import Task
 from stages.config import Archive, DataSet, Files, HubData, Params, Scores
 from stages.sources import fetch, first_line, read_member
 

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import torch
 
-from calora.adapters import read_adapter, write_adapter
-from calora.artifacts import fingerprint, whole_directory, write_text
-from calora.cards import calora_card
+from calora.adapters.cards import calora_card
+from calora.adapters.folder import read_adapter, write_adapter
+from calora.common.artifacts import fingerprint, whole_directory, write_text
+from calora.common.parallel import only_first_goes_on
 from calora.compressed import load
-from calora.distillation import Weights, distill
-from calora.parallel import only_first_goes_on
-from calora.recovery import activate
-from calora.targets import Targets
-from calora.tasks import Example, encode_all
-from calora.training import History
+from calora.distillation.distill import Weights, distill
+from calora.distillation.targets import Targets
+from calora.distillation.training import History
+from calora.models.tasks import Example, encode_all
+from calora.recovery.bypass import activate
 from stages.common import adapter, compressed, results, run, targets
 from stages.config import Params
 from stages.splits import read_split, read_task

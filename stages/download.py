@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from calora.artifacts import whole_directory, write_json, write_text
+from calora.common.artifacts import whole_directory, write_json, write_text
 from calora.errors import CaloraError
-from calora.tasks import Task
+from calora.models.tasks import Task
 from stages.common import data, run
 from stages.config import Params
 from stages.corpora import split_pools, task_of

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from calora.artifacts import read_json, whole_directory, write_json
+from calora.common.artifacts import read_json, whole_directory, write_json
 from calora.compressed import load
-from calora.metrics import mean_interval, paired_difference, recovered_share
+from calora.evaluation.metrics import mean_interval, paired_difference, recovered_share
 from stages.common import adapter, compressed, results, run
 from stages.config import Params
 from stages.controls import ADAPTERS, score_adapter

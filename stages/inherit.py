@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import torch
 
-from calora.adapters import read_plain_lora, write_adapter
-from calora.artifacts import fingerprint
-from calora.cards import plain_card
+from calora.adapters.cards import plain_card
+from calora.adapters.folder import read_plain_lora, write_adapter
+from calora.common.artifacts import fingerprint
 from calora.compressed import load
-from calora.inheritance import inherit
-from calora.models import load_model
-from calora.tasks import encode_all
+from calora.inheritance.inherit import inherit
+from calora.models.loading import load_model
+from calora.models.tasks import encode_all
 from stages.common import BASE, adapter, compressed, run, teacher
 from stages.config import Params
 from stages.splits import read_split, read_task

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from calora.adapters import attach_adapter, read_plain_lora, set_active
-from calora.artifacts import bytes_on_disk, write_json
-from calora.models import load_model, load_tokenizer
+from calora.adapters.folder import read_plain_lora
+from calora.adapters.lora import attach_adapter, set_active
+from calora.common.artifacts import bytes_on_disk, write_json
+from calora.models.loading import load_model, load_tokenizer
 from stages.common import BASE, SMALL, results, run, small_lora, teacher
 from stages.config import Params
 from stages.scoring import Scored, score_test

@@ -6,10 +6,10 @@ from typing import Any
 
 from sklearn.metrics import f1_score
 
-from calora.evaluate import correct, predict
-from calora.metrics import token_f1
-from calora.parallel import place
-from calora.tasks import Task, encode_all
+from calora.common.parallel import place
+from calora.evaluation.metrics import token_f1
+from calora.evaluation.predict import correct, predict
+from calora.models.tasks import Task, encode_all
 from stages.config import Params
 from stages.splits import read_split
 

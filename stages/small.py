@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from calora.adapters import lora_config
-from calora.artifacts import fingerprint, whole_directory, write_json
-from calora.models import load_model, load_tokenizer
+from calora.adapters.lora import lora_config
+from calora.common.artifacts import fingerprint, whole_directory, write_json
+from calora.models.loading import load_model, load_tokenizer
 from stages.common import SMALL, run, small_lora
 from stages.config import Params
 from stages.splits import read_task

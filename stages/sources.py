@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
-from calora.artifacts import sha256
+from calora.common.artifacts import sha256
 from calora.errors import CaloraError
 
 CACHE = Path(os.environ.get("CALORA_DOWNLOADS", ".cache/downloads"))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from calora.artifacts import read_json
-from calora.tasks import Example, Task, read_rows
+from calora.common.artifacts import read_json
+from calora.models.tasks import Example, Task, read_rows
 from stages.common import CALIBRATION, data
 
 

@@ -10,15 +10,16 @@ from pathlib import Path
 
 import torch
 
-from calora.adapters import attach_adapter, check_targets, lora_config, read_plain_lora, set_active, write_adapter
-from calora.artifacts import fingerprint, replace_directory
-from calora.cards import plain_card
+from calora.adapters.cards import plain_card
+from calora.adapters.folder import read_plain_lora, write_adapter
+from calora.adapters.lora import attach_adapter, check_targets, lora_config, set_active
+from calora.common.artifacts import fingerprint, replace_directory
+from calora.common.parallel import place
+from calora.distillation.targets import write_targets
+from calora.distillation.training import Checkpoint
 from calora.errors import CaloraError
-from calora.models import load_model, load_tokenizer
-from calora.parallel import place
-from calora.targets import write_targets
-from calora.tasks import Task, encode_all
-from calora.training import Checkpoint
+from calora.models.loading import load_model, load_tokenizer
+from calora.models.tasks import Task, encode_all
 from stages.common import BASE, CHECKPOINTS, run, targets, teacher
 from stages.config import Imported, Params
 from stages.splits import read_split, read_task

@@ -10,14 +10,14 @@ from typing import Any
 
 from peft import LoraConfig
 
-from calora.adapters import write_adapter
-from calora.artifacts import sha256
-from calora.cards import plain_card
-from calora.distillation import finetune
-from calora.evaluate import accuracy
-from calora.parallel import only_first_goes_on
-from calora.tasks import Task, encode_all
-from calora.training import Checkpoint, Schedule
+from calora.adapters.cards import plain_card
+from calora.adapters.folder import write_adapter
+from calora.common.artifacts import sha256
+from calora.common.parallel import only_first_goes_on
+from calora.distillation.distill import finetune
+from calora.distillation.training import Checkpoint, Schedule
+from calora.evaluation.predict import accuracy
+from calora.models.tasks import Task, encode_all
 from stages.common import CHECKPOINTS, data
 from stages.config import Params
 from stages.splits import read_split

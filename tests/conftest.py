@@ -25,9 +25,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from calora.artifacts import fingerprint
-from calora.models import load_model, load_tokenizer
-from calora.tasks import Task, encode_all
+from calora.common.artifacts import fingerprint
+from calora.models.loading import load_model, load_tokenizer
+from calora.models.tasks import Task, encode_all
 
 ROOT = Path(__file__).resolve().parents[1]
 GOOD, BAD = ("good", "fine", "great", "superb"), ("bad", "poor", "dull", "awful")

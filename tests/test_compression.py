@@ -11,10 +11,18 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PhiConfig,
 
 import calora
 import calora.plugin  # from_pretrained then knows our format
-from calora.adapters import Adapter, attach_adapter, inject, lora_config, lora_state, set_active
-from calora.artifacts import bytes_on_disk, read_json, write_json
-from calora.calibrate import linear_layers
-from calora.codes import (
+from calora.adapters.lora import Adapter, attach_adapter, inject, lora_config, lora_state, set_active
+from calora.common.artifacts import bytes_on_disk, read_json, write_json
+from calora.compressed import load
+from calora.compression.__init__ import compress
+from calora.compression.gptq import gptq
+from calora.compression.prune import keep_highest, keep_n_of_m
+from calora.compression.sparsegpt import sparsegpt
+from calora.compression.surgeon import inverse_factor
+from calora.compression.walk import Calibration
+from calora.errors import CaloraError
+from calora.inheritance.inherit import random_bypasses
+from calora.layers.codes import (
     fit_grid,
     nearest_rows,
     pack_mask,
@@ -24,18 +32,14 @@ from calora.codes import (
     unpack_nibbles,
     unpack_words,
 )
-from calora.compressed import load, save
-from calora.compression import Calibration, compress
-from calora.compression.prune import keep_highest, keep_n_of_m
-from calora.compression.sweep import cut, inverse_factor, round_to
-from calora.errors import CaloraError
-from calora.experts import ExpertLinear
-from calora.inheritance import random_bypasses
-from calora.layout import dense_weight, prepare
-from calora.models import load_model
-from calora.nf4 import Nf4Linear
-from calora.packed import PackedLinear, Packing
-from calora.recovery import RecoveryBypass, activate, attach
+from calora.layers.experts import ExpertLinear
+from calora.layers.layout import dense_weight, prepare
+from calora.layers.nf4 import Nf4Linear
+from calora.layers.packed import PackedLinear, Packing
+from calora.models.anatomy import linear_layers
+from calora.models.loading import load_model
+from calora.recovery.bypass import RecoveryBypass, activate, attach
+from calora.saving import save
 from tests.conftest import make_model
 
 PRUNE, INT8 = {"prune": {"score": "wanda", "pattern": "2:4"}}, {"quantize": {"format": "int8", "embeddings": "int8"}}
@@ -190,7 +194,7 @@ def test_sweep_is_the_greedy_optimum_of_its_papers(group):
         naive[:, left] -= error.unsqueeze(1) * inverse[0].unsqueeze(0)
         naive[:, column] = new
         left = left[1:]
-    ours, grid = round_to(weight, moment, to_int4(group), group)
+    ours, grid = gptq(weight, moment, to_int4(group), group)
     torch.testing.assert_close(grid.decode(grid.encode(ours)), ours)
     # A value that falls near the middle between two codes may go the other way in fp32, and those of its row after it too.
     astray = ((ours - naive.float()).abs() > 1e-3)[:, order]
@@ -205,9 +209,9 @@ def test_gptq_beats_nearest_and_sparsegpt_beats_wanda_beats_magnitude():
     weight, x = correlated()
     x *= 10 ** torch.rand(32)  # inputs of unlike size, as in a real model
     moment, grid = x.T @ x, to_int4(8)(weight)
-    rounded, _ = round_to(weight, moment, to_int4(8), 8)
+    rounded, _ = gptq(weight, moment, to_int4(8), 8)
     assert lost(weight, rounded, x) < 0.7 * lost(weight, grid.decode(grid.encode(weight)), x)
-    new, keep = cut(weight, moment, lambda score: keep_n_of_m(score, 2, 4), 4)
+    new, keep = sparsegpt(weight, moment, lambda score: keep_n_of_m(score, 2, 4), 4)
     assert torch.equal(new != 0, keep)
     wanda = lost(weight, weight * keep_n_of_m(weight.abs() * moment.diagonal().sqrt(), 2, 4), x)
     magnitude = lost(weight, weight * keep_n_of_m(weight.abs(), 2, 4), x)
@@ -217,7 +221,7 @@ def test_gptq_beats_nearest_and_sparsegpt_beats_wanda_beats_magnitude():
 def test_gptq_leaves_what_was_pruned_at_zero():
     weight, x = correlated()
     keep = torch.rand(weight.shape) > 0.5
-    rounded, _ = round_to(weight * keep, x.T @ x, to_int4(8), 8, keep)
+    rounded, _ = gptq(weight * keep, x.T @ x, to_int4(8), 8, keep)
     assert not bool(rounded[~keep].any())
 
 
@@ -321,7 +325,7 @@ def test_a_later_block_is_calibrated_on_what_the_earlier_ones_became(tmp_path, c
     """The last block's inputs at its own turn are those of the finished model."""
     base = wide(tmp_path)
     model = load_model(base, torch.bfloat16)
-    from calora.compression.blocks import Block, Change, each_block
+    from calora.compression.walk import Block, Change, each_block
 
     seen = {}
 
@@ -346,23 +350,23 @@ def test_a_later_block_is_calibrated_on_what_the_earlier_ones_became(tmp_path, c
 
 @pytest.mark.parametrize("name", ["q4_up", "q8_up_m", "sp_width", "nf4"])
 def test_a_killed_compression_goes_on_after_its_last_finished_block(tmp_path, toy, name, monkeypatch):
-    from calora.compression import blocks
+    from calora.compression import walk
 
     base = wide(tmp_path)
     whole, broken = load_model(base, torch.bfloat16), load_model(base, torch.bfloat16)
     expected = compress(whole, RECIPES[name], Calibration(toy[2], tmp_path / "a"))
-    turn, original = iter(range(100)), blocks._change
+    turn, original = iter(range(100)), walk._change
 
     def dies(*args):
         if next(turn) == 2 * len(RECIPES[name]) - 1:  # in the last step, after its first block
             raise KeyboardInterrupt
         return original(*args)
 
-    monkeypatch.setattr(blocks, "_change", dies)
+    monkeypatch.setattr(walk, "_change", dies)
     with pytest.raises(KeyboardInterrupt):
         compress(broken, RECIPES[name], Calibration(toy[2], tmp_path / "b"))
     worked = []
-    monkeypatch.setattr(blocks, "_change", lambda *args: worked.append(args[1].name) or original(*args))
+    monkeypatch.setattr(walk, "_change", lambda *args: worked.append(args[1].name) or original(*args))
     resumed = load_model(base, torch.bfloat16)
     report = compress(resumed, RECIPES[name], Calibration(toy[2], tmp_path / "b"))
     assert worked == ["model.layers.1"]
@@ -405,7 +409,7 @@ BAD = [
 @pytest.mark.parametrize(("recipe", "told"), BAD)
 def test_bad_recipes_are_refused_before_any_work(tmp_path, calibration, recipe, told, monkeypatch):
     model = load_model(wide(tmp_path), torch.bfloat16)
-    monkeypatch.setattr("calora.compression.blocks._record", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr("calora.compression.walk._record", lambda *_: pytest.fail("work began"))
     with pytest.raises(CaloraError, match=told):
         compress(model, recipe, calibration)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from calora.artifacts import sha256
+from calora.common.artifacts import sha256
 from tests.conftest import change, make_project
 from tests.test_stages import calibration_texts
 

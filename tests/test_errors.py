@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from calora.artifacts import read_tensors, whole_directory, write_json, write_tensors
+from calora.common.artifacts import read_tensors, whole_directory, write_json, write_tensors
 from calora.errors import CaloraError
-from calora.models import load_model, load_tokenizer
-from calora.tasks import read_rows
+from calora.models.loading import load_model, load_tokenizer
+from calora.models.tasks import read_rows
 from stages import download
 from stages.common import _full_disk
 from stages.config import load_params
@@ -89,7 +89,7 @@ def test_an_empty_split_is_refused(folder, tmp_path):
 
 
 def test_targets_that_match_nothing(folder):
-    from calora.adapters import check_targets
+    from calora.adapters.lora import check_targets
 
     model = load_model(folder / "sources/base", torch.bfloat16)
     with pytest.raises(CaloraError, match=r"q_proj.*found \['c_attn'\]"):
@@ -161,7 +161,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise SafetensorError("I/O error: No space left on device (os error 28)")  # as safetensors says it
 
-    monkeypatch.setattr("calora.artifacts.save_file", full)
+    monkeypatch.setattr("calora.common.artifacts.save_file", full)
     with pytest.raises(OSError) as caught, whole_directory(tmp_path / "out") as scratch:
         write_json(scratch / "a.json", {})
         write_tensors(scratch / "b.safetensors", {"a": torch.ones(1)})

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from calora.metrics import mean_interval, paired_difference, recovered_share, token_f1
+from calora.evaluation.metrics import mean_interval, paired_difference, recovered_share, token_f1
 
 ITEMS, DRAWS = 1500, 2000
 

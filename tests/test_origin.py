@@ -3,15 +3,17 @@
 import pytest
 import torch
 
-from calora.adapters import Adapter, attach_adapter, inject, lora_config, lora_state, set_active
-from calora.calibrate import linear_layers
-from calora.compressed import load, save
-from calora.compression import Calibration, compress
+from calora.adapters.lora import Adapter, attach_adapter, inject, lora_config, lora_state, set_active
+from calora.adapters.origin import Origin
+from calora.common.leastsquares import compensated
+from calora.compressed import load
+from calora.compression.__init__ import compress
+from calora.compression.walk import Calibration
 from calora.errors import CaloraError
-from calora.inheritance import carry_lora, inherit
-from calora.leastsquares import compensated
-from calora.models import load_model
-from calora.origin import Origin
+from calora.inheritance.inherit import carry_lora, inherit
+from calora.models.anatomy import linear_layers
+from calora.models.loading import load_model
+from calora.saving import save
 from tests.conftest import make_model
 from tests.test_compression import EXPERTS
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from calora.parallel import share
+from calora.common.parallel import share
 from stages import common
 from tests.conftest import ROOT
 
@@ -16,13 +16,13 @@ from tests.conftest import ROOT
 TRAINING = """
 import json, sys, torch
 from pathlib import Path
-from calora.adapters import lora_config
-from calora.distillation import finetune
-from calora.evaluate import accuracy
-from calora.models import load_model, load_tokenizer
-from calora.parallel import first, processes
-from calora.tasks import encode_all
-from calora.training import Schedule
+from calora.adapters.lora import lora_config
+from calora.distillation.distill import finetune
+from calora.evaluation.predict import accuracy
+from calora.models.families import load_model, load_tokenizer
+from calora.common.parallel import first, processes
+from calora.models.tasks import encode_all
+from calora.distillation.training import Schedule
 from tests.conftest import TASK, toy_rows
 
 folder = Path(sys.argv[1])
@@ -70,7 +70,7 @@ def test_shares_are_of_one_size_and_hold_the_batch(monkeypatch):
         num_processes, process_index = 3, 0
 
     assert share([5, 6, 7]) == [5, 6, 7]
-    monkeypatch.setattr("calora.parallel.state", State)
+    monkeypatch.setattr("calora.common.parallel.state", State)
     shares = []
     for State.process_index in range(3):
         shares.append(share([0, 1, 2, 3]))

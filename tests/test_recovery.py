@@ -5,18 +5,20 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from calora.adapters import Adapter, inject, lora_config, lora_state
-from calora.calibrate import linear_layers
-from calora.codes import fit_grid
-from calora.compression import Calibration, compress
+from calora.adapters.lora import Adapter, inject, lora_config, lora_state
+from calora.compression.__init__ import compress
+from calora.compression.walk import Calibration
 from calora.errors import CaloraError
-from calora.inheritance import inherit
-from calora.layout import dense_weight
-from calora.models import family_of, load_model
-from calora.packed import PackedLinear, Packing
-from calora.recovery import RecoveryBypass, activate, attach, recovery_state
-from calora.tasks import Example
-from calora.warmstart import best_linear_correction, linear_as_bypass
+from calora.inheritance.inherit import inherit
+from calora.layers.codes import fit_grid
+from calora.layers.layout import dense_weight
+from calora.layers.packed import PackedLinear, Packing
+from calora.models.anatomy import linear_layers
+from calora.models.families import family_of
+from calora.models.loading import load_model
+from calora.models.tasks import Example
+from calora.recovery.bypass import RecoveryBypass, activate, attach, recovery_state
+from calora.recovery.warmstart import best_linear_correction, linear_as_bypass
 
 
 def test_zero_bypass_is_an_exact_no_op_beside_dense_and_packed_layers():

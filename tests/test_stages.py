@@ -13,10 +13,13 @@ import torch
 from peft import PeftModel
 
 import calora
-from calora.adapters import Adapter, fold, read_adapter, set_active, write_adapter
+from calora.adapters.fold import fold
+from calora.adapters.folder import read_adapter, write_adapter
+from calora.adapters.lora import Adapter, set_active
 from calora.errors import CaloraError
-from calora.models import family_of, load_model
-from calora.tasks import Example
+from calora.models.families import family_of
+from calora.models.loading import load_model
+from calora.models.tasks import Example
 from stages.config import load_params
 from tests.conftest import ROOT, change, make_project
 
@@ -179,7 +182,7 @@ def test_plain_peft_loads_the_lora_and_warns(project):
     assert any("calora" in str(w.message) for w in caught)
     ours = calora.load(project / "models/compressed/q8_up")
     ours.load_adapter(project / "models/calora/toy/q8_up", "toy")
-    calora.recovery.activate(ours, None)
+    calora.recovery.bypass.activate(ours, None)
     assert torch.equal(logits_of(model), logits_of(ours))
 
 
@@ -192,7 +195,7 @@ def test_linear_bypass_folds_into_the_lora_exactly(project, tmp_path):
         adapter.config, {k: v.float() for k, v in adapter.lora.items()},
         {k: v.float() for k, v in adapter.recovery.items()}, adapter.meta,
     )  # fmt: skip
-    calora.adapters.attach_adapter(whole, whole_state, "a")
+    calora.adapters.lora.attach_adapter(whole, whole_state, "a")
     set_active(whole, "a")
     plain = PeftModel.from_pretrained(load_model(project / "models/base", torch.float32), tmp_path / "folded")
     torch.testing.assert_close(logits_of(plain.get_base_model()), logits_of(whole), rtol=1e-4, atol=1e-5)
@@ -205,14 +208,14 @@ def test_an_adapter_of_ones_own_is_imported(project, tmp_path, monkeypatch):
     folder = tmp_path / "p"
     shutil.copytree(project, folder, symlinks=True)
     monkeypatch.chdir(folder)
-    own = calora.artifacts.fingerprint(folder / "models/teacher/toy")
+    own = calora.common.artifacts.fingerprint(folder / "models/teacher/toy")
     shutil.copytree(folder / "models/teacher/toy", folder / "own")
     change(folder, "teacher.adapters", {"toy": {"path": "own", "sha256": "0" * 64}})
     with pytest.raises(CaloraError, match=own):
         importlib.import_module("stages.teacher").main(load_params(), "toy")
     change(folder, "teacher.adapters", {"toy": {"path": "own", "sha256": own}})
     importlib.import_module("stages.teacher").main(load_params(), "toy")
-    assert calora.artifacts.fingerprint(folder / "models/teacher/toy") == own
+    assert calora.common.artifacts.fingerprint(folder / "models/teacher/toy") == own
 
 
 def test_the_snippet_of_the_readme_runs(project, monkeypatch, capsys):

@@ -4,16 +4,17 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from calora.adapters import inject, lora_config, lora_state, set_active
-from calora.batching import epoch_batches, equal_length_batches, length_batches
-from calora.distillation import answer_divergence, finetune, hidden_distance, task_loss, trainable
+from calora.adapters.lora import inject, lora_config, lora_state, set_active
+from calora.common.batching import epoch_batches, equal_length_batches, length_batches
+from calora.common.progress import progress
+from calora.distillation.distill import answer_divergence, finetune, hidden_distance, task_loss, trainable
+from calora.distillation.targets import Targets, write_targets
+from calora.distillation.training import Checkpoint, MasterWeights, Schedule
 from calora.errors import CaloraError
-from calora.evaluate import accuracy
-from calora.models import DecoderOnly, family_of, load_model, load_tokenizer
-from calora.progress import progress
-from calora.targets import Targets, write_targets
-from calora.tasks import encode_all
-from calora.training import Checkpoint, MasterWeights, Schedule
+from calora.evaluation.predict import accuracy
+from calora.models.families import DecoderOnly, family_of
+from calora.models.loading import load_model, load_tokenizer
+from calora.models.tasks import encode_all
 from tests.conftest import TASK, toy_rows
 
 SCHEDULE = Schedule(steps=8, lr=5e-3, warmup=2, clip=1.0, eval_every=4, checkpoint_seconds=0.0)
@@ -137,7 +138,7 @@ def test_batches_use_each_index_once_an_epoch():
 
 def test_targets_go_on_where_they_were_interrupted(toy, tmp_path, monkeypatch):
     task, tokenizer, examples, model = toy
-    monkeypatch.setattr("calora.targets.SHARD_TOKENS", 60)
+    monkeypatch.setattr("calora.distillation.targets.SHARD_TOKENS", 60)
     write_targets(tmp_path / "whole", model, task, tokenizer, examples, 4, 5, "whole")
     shards = sorted((tmp_path / "whole").iterdir())
     assert len(shards) > 2
@@ -173,7 +174,7 @@ def test_targets_go_on_where_they_were_interrupted(toy, tmp_path, monkeypatch):
 
 
 def test_progress_is_lines_where_there_is_no_terminal(capsys, monkeypatch):
-    monkeypatch.setattr("calora.progress.SECONDS", 0.0)
+    monkeypatch.setattr("calora.common.progress.SECONDS", 0.0)
     assert list(progress(range(3), "counting", "steps")) == [0, 1, 2]
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1].startswith("counting: 3 of 3 steps") and "\r" not in "".join(lines)

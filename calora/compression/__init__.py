@@ -13,11 +13,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from calora.compression import moefy, prune, quantize, shrink
-from calora.compression.blocks import Calibration, check_finite
 from calora.compression.options import FIX
+from calora.compression.walk import Calibration, check_finite
 from calora.errors import CaloraError
-from calora.layout import store
-from calora.tasks import Example
+from calora.layers.layout import store
+from calora.models.tasks import Example
 
 Recipe = Sequence[Mapping[str, Mapping[str, Any]]]
 
@@ -55,7 +55,7 @@ def compress(model: PreTrainedModel, recipe: Recipe, calibration: Calibration) -
     """Compress `model` in place, step by step, and report what became of every tensor.
 
     Args:
-        model: an uncompressed model as `calora.models.load_model` gives it.
+        model: an uncompressed model as `calora.models.families.load_model` gives it.
         recipe: such as `[{"prune": {"score": "wanda", "pattern": "2:4"}}, {"quantize": {"format": "int8"}}]`.
         calibration: texts that the steps look at, each block's inputs from the blocks that are compressed already.
 

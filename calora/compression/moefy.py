@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from calora.compression.blocks import Block, Calibration, Change, each_block, stacks
 from calora.compression.options import FIX, one_of, parse, share, whole
-from calora.compression.parts import FeedForward, feed_forward
+from calora.compression.walk import Block, Calibration, Change, each_block
 from calora.errors import CaloraError
-from calora.experts import Experts, Routing, activation_of
-from calora.layout import dense_layer, rows_of
+from calora.layers.experts import Experts, Routing, activation_of
+from calora.layers.layout import dense_layer, rows_of
+from calora.models.anatomy import FeedForward, feed_forward, stacks
 
 FEATURES = 256  # random projections of a neuron's activity over tokens; distances stay within a few percent
 ROUNDS = 20  # of k-means

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from calora.calibrate import input_square_sums, linear_layers
-from calora.compression.blocks import Block, Calibration, Change, each_block, stacks
 from calora.compression.options import FIX, one_of, parse, share
-from calora.compression.sweep import COLUMNS, Choose, cut
+from calora.compression.sparsegpt import Choose, sparsegpt
+from calora.compression.surgeon import COLUMNS
+from calora.compression.walk import Block, Calibration, Change, each_block
 from calora.errors import CaloraError
-from calora.packed import PackedLinear, Packing
-from calora.tasks import Example
+from calora.layers.packed import PackedLinear, Packing
+from calora.models.anatomy import linear_layers, stacks
+from calora.models.moments import input_square_sums
+from calora.models.tasks import Example
 
 PATTERNS = {"2:4": (2, 4), "4:8": (4, 8)}
 OUTLIER, SPREAD = 5.0, 0.08  # OWL's M and lambda (arXiv 2310.05175, section 4)
@@ -93,7 +95,7 @@ def _pruned(
     """Layer -> (values, pattern) of layers that read the same input."""
     if score == "sparsegpt":
         sizes = [layer.out_features for layer in group.values()]
-        values, keep = cut(torch.cat([layer.weight.detach() for layer in group.values()]), moment, choose, span)
+        values, keep = sparsegpt(torch.cat([layer.weight.detach() for layer in group.values()]), moment, choose, span)
         return dict(zip(group, zip(values.split(sizes), keep.split(sizes), strict=True), strict=True))
     norms = moment.diagonal().sqrt() if score == "wanda" else torch.ones(len(moment))
     weights = {name: layer.weight.detach() for name, layer in group.items()}

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from calora.calibrate import linear_layers
-from calora.codes import fit_grid, nearest_rows
-from calora.compression.blocks import Block, Calibration, Change, each_block
+from calora.compression.gptq import gptq
 from calora.compression.options import FIX, one_of, parse
-from calora.compression.sweep import round_to
+from calora.compression.walk import Block, Calibration, Change, each_block
 from calora.errors import CaloraError
-from calora.layout import dense_weight
-from calora.nf4 import Nf4Linear
-from calora.packed import BITS, PackedEmbedding, PackedLinear, Packing
+from calora.layers.codes import fit_grid, nearest_rows
+from calora.layers.layout import dense_weight
+from calora.layers.nf4 import Nf4Linear
+from calora.layers.packed import BITS, PackedEmbedding, PackedLinear, Packing
+from calora.models.anatomy import linear_layers
 
 GROUPS = (32, 64, 128)
 
@@ -110,7 +110,7 @@ def _packed(group: dict[str, nn.Linear], moment: Tensor, largest: Tensor, option
     if options.rounding == "nearest":
         grid = fit(inliers)
     else:
-        rounded, grid = round_to(inliers, moment, fit, span, keep)
+        rounded, grid = gptq(inliers, moment, fit, span, keep)
         weight = rounded if outliers is None else rounded.index_copy_(1, outliers, weight[:, outliers])
     packing = Packing(
         options.format, keep is not None, span, options.symmetric, 0 if outliers is None else len(outliers)

@@ -14,16 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from calora.batching import equal_length_batches
-from calora.calibrate import linear_layers
-from calora.compression.blocks import BATCH, Block, Calibration, Change, each_block, stacks
+from calora.common.batching import equal_length_batches
+from calora.common.leastsquares import compensated
 from calora.compression.options import FIX, one_of, parse, share
-from calora.compression.parts import FeedForward, Heads, feed_forward, heads
+from calora.compression.walk import BATCH, Block, Calibration, Change, each_block
 from calora.errors import CaloraError
-from calora.layout import dense_layer, rows_of
-from calora.leastsquares import compensated
-from calora.models import family_of
-from calora.tasks import Example
+from calora.layers.layout import dense_layer, rows_of
+from calora.models.anatomy import FeedForward, Heads, feed_forward, heads, linear_layers, stacks
+from calora.models.families import family_of
+from calora.models.tasks import Example
 
 MULTIPLE = 64  # neurons are kept in whole multiples of this (or of all of them, where there are fewer): kernels like it
 

@@ -1,33 +1,22 @@
-"""An adapter: a plain PEFT LoRA, the recovery bypass beside it, and calora.json, which says what it was made for."""
+"""An adapter on a model: PEFT's LoRA and the bypasses, put on, switched, and taken off again."""
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from calora.artifacts import read_json, read_tensors, sha256, whole_directory, write_json, write_tensors, write_text
-from calora.calibrate import linear_layers
 from calora.errors import CaloraError
-from calora.recovery import RecoveryBypass, activate, attach, recovery_state
+from calora.models.anatomy import linear_layers
+from calora.recovery.bypass import RecoveryBypass, activate, attach, recovery_state
 
-CONFIG, LORA, RECOVERY, META = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "recovery.safetensors",
-    "calora.json",
-)
 PREFIX = "base_model.model."  # PEFT's, in front of every tensor name on disk
-MADE_BY = "run `dvc repro` to make the adapter"
 
 
 @dataclass
@@ -141,111 +130,6 @@ def lora_state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
 def take_adapter(model: nn.Module, config: LoraConfig, meta: Mapping[str, Any], name: str = "default") -> Adapter:
     """The adapter `name` as it stands on the model."""
     return Adapter(config, lora_state(model, name), recovery_state(model, name), dict(meta))
-
-
-def write_adapter(
-    directory: Path,
-    adapter: Adapter,
-    base: str,
-    card: str,
-    dtype: torch.dtype,
-    notes: Mapping[str, object] | None = None,
-) -> None:
-    """Write an adapter folder that PEFT reads as a plain LoRA.
-
-    Where there is a recovery part, an extra key in adapter_config.json makes plain PEFT warn that it is not loaded.
-
-    Args:
-        base: what `base_model_name_or_path` says.
-        card: the text of README.md.
-        dtype: of the stored tensors.
-        notes: JSON files to put beside them, by name.
-    """
-    with whole_directory(directory) as scratch:
-        adapter.config.base_model_name_or_path = base
-        adapter.config.inference_mode = True
-        adapter.config.save_pretrained(str(scratch))
-        config = json.loads((scratch / CONFIG).read_text())
-        for key in ("target_modules", "exclude_modules"):  # sets in PEFT, whose order differs from process to process
-            if isinstance(config[key], list):
-                config[key].sort()
-        if adapter.recovery:
-            config["calora"] = f"the recovery part is in {RECOVERY}: load this folder with calora to use it"
-        write_json(scratch / CONFIG, config)
-        write_tensors(scratch / LORA, {PREFIX + key: tensor.to(dtype) for key, tensor in adapter.lora.items()})
-        if adapter.recovery:
-            write_tensors(scratch / RECOVERY, {key: tensor.to(dtype) for key, tensor in adapter.recovery.items()})
-        if adapter.meta:
-            hashes = {file.name: sha256(file) for file in sorted(scratch.glob("*.safetensors"))}
-            write_json(scratch / META, {**adapter.meta, "sha256": hashes})
-        write_text(scratch / "README.md", card)
-        for name, note in (notes or {}).items():
-            write_json(scratch / name, note)
-
-
-def lora_bytes(directory: Path) -> int:
-    """Bytes of an adapter folder that its LoRA needs: the weights and their configuration."""
-    return sum((directory / name).stat().st_size for name in (CONFIG, LORA))
-
-
-def read_plain_lora(directory: Path, made_by: str = MADE_BY) -> Adapter:
-    """Read a PEFT LoRA folder (safetensors only)."""
-    config = read_json(directory / CONFIG, made_by)
-    if config.get("peft_type") != "LORA":
-        raise CaloraError(directory / CONFIG, "peft_type LORA", config.get("peft_type"), "name a LoRA adapter")
-    config.pop("calora", None)
-    tensors = read_tensors(directory / LORA, made_by)
-    lora = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
-    made: Any = LoraConfig
-    return Adapter(made.from_peft_type(**config), lora)
-
-
-def read_adapter(directory: Path) -> Adapter:
-    """Read a CA-LoRA adapter folder: the LoRA, the recovery part if it has one, and calora.json.
-
-    Raises:
-        CaloraError: a file is missing, truncated, or not the one that calora.json tells of.
-    """
-    adapter = read_plain_lora(directory)
-    adapter.meta = read_json(directory / META, MADE_BY)
-    if adapter.meta.get("recovery"):
-        adapter.recovery = read_tensors(directory / RECOVERY, MADE_BY)
-    for name, expected in adapter.meta.pop("sha256").items():
-        found = sha256(directory / name)
-        if found != expected:
-            raise CaloraError(directory / name, f"SHA-256 {expected}", found, f"it was edited: {MADE_BY}")
-    return adapter
-
-
-def fold(adapter: Adapter) -> Adapter:
-    """Fold a linear bypass into the LoRA, exactly: s B A + (D U)^T = [s B, U^T] [A; D^T].
-
-    The result is a plain LoRA of rank r + rank on the layers that had both, which any LoRA runtime can serve.
-
-    Raises:
-        CaloraError: the bypass is not linear (`activation` is not `identity`).
-    """
-    activation = adapter.meta.get("activation", "identity")
-    if activation != "identity":
-        raise CaloraError("fold", "activation: identity", activation, "train with inherit.activation: identity")
-    lora, ranks = {}, {}
-    layers = {key.split(".lora_")[0] for key in adapter.lora} | {key.rsplit(".", 1)[0] for key in adapter.recovery}
-    for layer in sorted(layers):
-        rows, columns = [], []
-        if f"{layer}.lora_A.weight" in adapter.lora:
-            a, b = adapter.lora[f"{layer}.lora_A.weight"].float(), adapter.lora[f"{layer}.lora_B.weight"].float()
-            rows.append(a)
-            columns.append(b * lora_scale(adapter.config, layer))
-        if f"{layer}.down" in adapter.recovery:
-            rows.append(adapter.recovery[f"{layer}.down"].float().T)
-            columns.append(adapter.recovery[f"{layer}.up"].float().T)
-        lora[f"{layer}.lora_A.weight"] = torch.cat(rows)
-        lora[f"{layer}.lora_B.weight"] = torch.cat(columns, dim=1)
-        ranks[layer] = lora[f"{layer}.lora_A.weight"].shape[0]
-    config = lora_config(max(ranks.values()), max(ranks.values()), sorted(ranks))
-    config.rank_pattern = dict(ranks)
-    config.alpha_pattern = dict(ranks)  # alpha = r: the scale is in B already
-    return Adapter(config, lora)
 
 
 def lora_scale(config: LoraConfig, layer: str) -> float:

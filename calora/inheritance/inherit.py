@@ -11,16 +11,17 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from calora.adapters import Adapter, attach_adapter, check_targets, lora_config, lora_scale, set_active
-from calora.calibrate import input_second_moments, linear_layers
+from calora.adapters.lora import Adapter, attach_adapter, check_targets, lora_config, lora_scale, set_active
+from calora.adapters.origin import Origin
+from calora.common.leastsquares import compensated
+from calora.common.progress import progress
 from calora.errors import CaloraError
-from calora.layout import dense_weight
-from calora.leastsquares import compensated
-from calora.origin import Origin
-from calora.progress import progress
-from calora.recovery import RecoveryBypass
-from calora.tasks import Example
-from calora.warmstart import best_linear_correction, correction_rank, linear_as_bypass
+from calora.layers.layout import dense_weight
+from calora.models.anatomy import linear_layers
+from calora.models.moments import input_second_moments
+from calora.models.tasks import Example
+from calora.recovery.bypass import RecoveryBypass
+from calora.recovery.warmstart import best_linear_correction, correction_rank, linear_as_bypass
 
 STARTS = ("weighted_error", "zero")
 WHOLE = Origin()

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from calora.adapters import Adapter, attach_adapter, inject, lora_state, set_active, take_adapter
-from calora.batching import epoch_batches
+from calora.adapters.lora import Adapter, attach_adapter, inject, lora_state, set_active, take_adapter
+from calora.common.batching import epoch_batches
+from calora.common.parallel import place, share
+from calora.distillation.targets import Target, Targets
+from calora.distillation.training import Checkpoint, History, Losses, Schedule, train
 from calora.errors import CaloraError
-from calora.models import Batch, Output, family_of
-from calora.parallel import place, share
-from calora.targets import Target, Targets
-from calora.tasks import Example
-from calora.training import Checkpoint, History, Losses, Schedule, train
+from calora.models.families import Batch, Output, family_of
+from calora.models.tasks import Example
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from calora.artifacts import read_tensors, write_tensors
+from calora.common.artifacts import read_tensors, write_tensors
+from calora.common.parallel import average, first, processes
+from calora.common.progress import progress
 from calora.errors import CaloraError
-from calora.parallel import average, first, processes
-from calora.progress import progress
 
 Losses = dict[str, Tensor]
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calora.experts import ExpertLinear, Experts
-from calora.nf4 import Nf4Linear
-from calora.packed import PackedEmbedding, PackedLinear, Packing
+from calora.layers.experts import ExpertLinear, Experts
+from calora.layers.nf4 import Nf4Linear
+from calora.layers.packed import PackedEmbedding, PackedLinear, Packing
 
 
 def store(layer: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""Where a block keeps its feed-forward and its attention heads."""
+"""The parts of a model: its stacks of blocks, their linear layers, feed-forwards and attention heads."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from calora.errors import CaloraError
 
@@ -16,6 +17,33 @@ FEED_FORWARDS = (  # layers that make the neurons (of two the first goes through
     (("fc1",), "fc2"),
 )
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """The linear layers of the transformer blocks, by name: what is compressed and what is recovered.
+
+    The output head is left out: it belongs with the embeddings.
+    """
+    head = model.get_output_embeddings()
+    return {
+        name.replace(".base_layer", ""): module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and ".lora_" not in name
+    }
+
+
+def stacks(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
+    """The lists of transformer blocks, by name, in the order in which they compute."""
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module)
+        and all(isinstance(block, GradientCheckpointingLayer) for block in module)
+    }
+    if not found:
+        raise CaloraError(type(model).__name__, "transformer blocks", "none", "use a model of transformers 5")
+    return found
 
 
 @dataclass(frozen=True)

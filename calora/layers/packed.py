@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from calora.codes import (
+from calora.layers.codes import (
     Grid,
     nearest_rows,
     pack_mask,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from calora.errors import CaloraError
-from calora.packed import PackedLinear, Packing, kernel_takes
+from calora.layers.packed import PackedLinear, Packing, kernel_takes
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from calora.batching import length_batches
-from calora.metrics import normalise
-from calora.models import Classifier, family_of
-from calora.parallel import portion, total
-from calora.progress import progress
-from calora.tasks import Example, Task
+from calora.common.batching import length_batches
+from calora.common.parallel import portion, total
+from calora.common.progress import progress
+from calora.evaluation.metrics import normalise
+from calora.models.families import Classifier, family_of
+from calora.models.tasks import Example, Task
 
 
 @dataclass(frozen=True)

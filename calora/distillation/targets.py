@@ -15,12 +15,12 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from calora.artifacts import check_tensors, write_tensors
-from calora.batching import length_batches
+from calora.common.artifacts import check_tensors, write_tensors
+from calora.common.batching import length_batches
+from calora.common.progress import progress
 from calora.errors import CaloraError
-from calora.models import Batch, Output, family_of
-from calora.progress import progress
-from calora.tasks import Example, Task
+from calora.models.families import Batch, Output, family_of
+from calora.models.tasks import Example, Task
 
 SHARD_TOKENS = 2**14  # a shard is the most that an interrupted run has to do again
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from calora.tasks import Task
+from calora.models.tasks import Task
 
 
 def plain_card(task: Task, base: str) -> str:

@@ -17,16 +17,15 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from calora.artifacts import write_tensors
-from calora.batching import length_batches
-from calora.calibrate import linear_layers
+from calora.common.artifacts import write_tensors
+from calora.common.batching import length_batches
+from calora.common.progress import progress
 from calora.errors import CaloraError
-from calora.layout import dense_weight, restore, store
-from calora.models import family_of
-from calora.progress import progress
-from calora.tasks import Example
+from calora.layers.layout import dense_weight, restore, store
+from calora.models.anatomy import linear_layers, stacks
+from calora.models.families import family_of
+from calora.models.tasks import Example
 
 BATCH = 32  # calibration texts that go through a block together
 
@@ -185,20 +184,6 @@ def check_finite(name: str, tensor: Tensor | None) -> None:
         raise CaloraError(name, "calibration inputs", "none", "leave this base: calora does not know its blocks")
     if not bool(tensor.isfinite().all()):
         raise CaloraError(name, "finite values", "NaN or Inf", "check the base's weights; nothing was written")
-
-
-def stacks(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
-    """The lists of transformer blocks, by name, in the order in which they compute."""
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module)
-        and all(isinstance(block, GradientCheckpointingLayer) for block in module)
-    }
-    if not found:
-        raise CaloraError(type(model).__name__, "transformer blocks", "none", "use a model of transformers 5")
-    return found
 
 
 def each_block(

@@ -8,26 +8,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from calora.batching import equal_length_batches
+from calora.common.batching import equal_length_batches
+from calora.common.progress import progress
 from calora.errors import CaloraError
-from calora.models import family_of
-from calora.progress import progress
-from calora.tasks import Example
+from calora.models.anatomy import linear_layers
+from calora.models.families import family_of
+from calora.models.tasks import Example
 
 MOMENT_BYTES = 2**30  # second moments held at once; wider models take more passes instead of more memory
-
-
-def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
-    """The linear layers of the transformer blocks, by name: what is compressed and what is recovered.
-
-    The output head is left out: it belongs with the embeddings.
-    """
-    head = model.get_output_embeddings()
-    return {
-        name.replace(".base_layer", ""): module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and ".lora_" not in name
-    }
 
 
 def input_square_sums(model: PreTrainedModel, examples: Sequence[Example]) -> dict[str, Tensor]:

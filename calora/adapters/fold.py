@@ -1,0 +1,39 @@
+"""Fold a linear bypass into its LoRA, so that any LoRA runtime can serve the two."""
+
+from __future__ import annotations
+
+import torch
+
+from calora.adapters.lora import Adapter, lora_config, lora_scale
+from calora.errors import CaloraError
+
+
+def fold(adapter: Adapter) -> Adapter:
+    """Fold a linear bypass into the LoRA, exactly: s B A + (D U)^T = [s B, U^T] [A; D^T].
+
+    The result is a plain LoRA of rank r + rank on the layers that had both, which any LoRA runtime can serve.
+
+    Raises:
+        CaloraError: the bypass is not linear (`activation` is not `identity`).
+    """
+    activation = adapter.meta.get("activation", "identity")
+    if activation != "identity":
+        raise CaloraError("fold", "activation: identity", activation, "train with inherit.activation: identity")
+    lora, ranks = {}, {}
+    layers = {key.split(".lora_")[0] for key in adapter.lora} | {key.rsplit(".", 1)[0] for key in adapter.recovery}
+    for layer in sorted(layers):
+        rows, columns = [], []
+        if f"{layer}.lora_A.weight" in adapter.lora:
+            a, b = adapter.lora[f"{layer}.lora_A.weight"].float(), adapter.lora[f"{layer}.lora_B.weight"].float()
+            rows.append(a)
+            columns.append(b * lora_scale(adapter.config, layer))
+        if f"{layer}.down" in adapter.recovery:
+            rows.append(adapter.recovery[f"{layer}.down"].float().T)
+            columns.append(adapter.recovery[f"{layer}.up"].float().T)
+        lora[f"{layer}.lora_A.weight"] = torch.cat(rows)
+        lora[f"{layer}.lora_B.weight"] = torch.cat(columns, dim=1)
+        ranks[layer] = lora[f"{layer}.lora_A.weight"].shape[0]
+    config = lora_config(max(ranks.values()), max(ranks.values()), sorted(ranks))
+    config.rank_pattern = dict(ranks)
+    config.alpha_pattern = dict(ranks)  # alpha = r: the scale is in B already
+    return Adapter(config, lora)

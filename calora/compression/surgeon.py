@@ -1,0 +1,43 @@
+"""Optimal brain surgeon over columns: cut or round one input after another, and let those that follow absorb the error.
+
+With H = X^T X and U the upper Cholesky factor of H^-1, changing column j of W by e costs ||e / U_jj||^2 and is best
+answered by W[:, k] -= e / U_jj U_jk for k > j. That is GPTQ (arXiv 2210.17323, algorithm 1) where columns are rounded,
+and SparseGPT (arXiv 2301.00774, algorithm 1) where the weights with the lowest w^2 / U_jj^2 are cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+DAMPING = 0.01  # of the mean of the diagonal, added to it, as both papers do
+COLUMNS = 128  # updated lazily: the columns after a span are touched once a span
+
+
+def inverse_factor(moment: Tensor) -> Tensor:
+    """U [in, in], fp32, with U^T U = (H + damping)^-1."""
+    damped = moment.double()
+    diagonal = damped.diagonal()
+    diagonal += DAMPING * diagonal.mean().clamp_min(1e-12)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True).float()
+    return factor
+
+
+def sweep(weight: Tensor, factor: Tensor, decide: Callable[[Tensor, int, Tensor], Tensor], span: int) -> Tensor:
+    left = weight.detach().float().clone()
+    for start in range(0, left.shape[1], span):
+        stop = min(start + span, left.shape[1])
+        piece = left[:, start:stop]  # a view: holds the new values once the span is done
+        local = factor[start:stop, start:stop]
+        errors = torch.zeros_like(piece)
+        for i in range(stop - start):
+            column = piece[:, i].clone()
+            new = decide(column, start + i, piece[:, i:])
+            errors[:, i] = (column - new) / local[i, i]
+            piece[:, i:].addr_(errors[:, i], local[i, i:], alpha=-1)
+            piece[:, i] = new
+        left[:, stop:] -= errors @ factor[start:stop, stop:]
+    return left
