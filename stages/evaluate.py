@@ -13,7 +13,7 @@ from calora.evaluation.statistics import mean_interval, paired_difference, recov
 from stages.common import evaluated, results, run
 from stages.config import Params
 from stages.looks import key_of
-from stages.scoring import Scored, read_scored
+from stages.scored import Scored, read_scored
 
 
 def main(params: Params, name: str, recipe: str) -> None:

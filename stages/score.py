@@ -15,7 +15,8 @@ from calora.models.loading import training_attention
 from calora.models.tasks import Task
 from stages.common import adapter, compressed, results, run
 from stages.config import Params
-from stages.scoring import Scored, score_test
+from stages.scored import Scored
+from stages.scoring import score_test
 from stages.splits import read_task
 
 

@@ -39,9 +39,8 @@ def main(params: Params, name: str) -> None:
 
 def train_teacher(params: Params, task: Task, model: Any) -> Checkpoint:
     """A LoRA trained on the labelled texts; the best one on validation."""
-    t = params.teacher
-    check_targets(model, t.targets, t.rank)
-    config = lora_config(t.rank, t.lora_alpha, t.targets)
+    check_targets(model, params.teacher.targets, params.teacher.rank)
+    config = lora_config(params.teacher.rank, params.teacher.lora_alpha, params.teacher.targets)
     return train_lora(params, task, model, load_tokenizer(BASE), config, teacher(task.name), BASE)
 
 
