@@ -58,8 +58,14 @@ class Family(Protocol):
     def forward(self, model: PreTrainedModel, batch: Batch, token_ids: Tensor | None) -> Output:
         """Run the model; the logits are its own, `token_ids` [k] limits them to those tokens."""
 
-    def generate(self, model: PreTrainedModel, examples: Sequence[Example], max_new_tokens: int) -> list[list[int]]:
-        """Greedy answers, as token ids without the prompt, each up to and with its first end token."""
+    def generate(
+        self, model: PreTrainedModel, examples: Sequence[Example], max_new_tokens: int, end: int | None = None
+    ) -> list[list[int]]:
+        """Greedy answers, as token ids without the prompt, each up to and with its first end token.
+
+        Args:
+            end: an end token besides the model's own: the tokenizer's, with which the answers of examples end.
+        """
 
 
 def pad(sequences: Sequence[Sequence[int]], value: int, left: bool = False) -> tuple[Tensor, Tensor]:
@@ -208,9 +214,11 @@ class DecoderOnly:
         _, hidden, logits = _run(model, batch, token_ids)
         return Output({"decoder": hidden}, logits)
 
-    def generate(self, model: PreTrainedModel, examples: Sequence[Example], max_new_tokens: int) -> list[list[int]]:
+    def generate(
+        self, model: PreTrainedModel, examples: Sequence[Example], max_new_tokens: int, end: int | None = None
+    ) -> list[list[int]]:
         ids, mask = pad([e.prompt_ids for e in examples], pad_token(model), left=True)
-        return _generate(model, ids, mask, max_new_tokens, skip=ids.shape[1])
+        return _generate(model, ids, mask, max_new_tokens, end, skip=ids.shape[1])
 
 
 class EncoderDecoder:
@@ -228,9 +236,11 @@ class EncoderDecoder:
         out, hidden, logits = _run(model, batch, token_ids)
         return Output({"encoder": out.encoder_last_hidden_state, "decoder": hidden}, logits)
 
-    def generate(self, model: PreTrainedModel, examples: Sequence[Example], max_new_tokens: int) -> list[list[int]]:
+    def generate(
+        self, model: PreTrainedModel, examples: Sequence[Example], max_new_tokens: int, end: int | None = None
+    ) -> list[list[int]]:
         ids, mask = pad([e.prompt_ids for e in examples], pad_token(model))
-        return _generate(model, ids, mask, max_new_tokens, skip=1)
+        return _generate(model, ids, mask, max_new_tokens, end, skip=1)
 
 
 class Classifier:
@@ -247,36 +257,37 @@ class Classifier:
         out = model(**batch.inputs, output_hidden_states=True)
         return Output({"encoder": out.hidden_states[-1]}, out.logits)
 
-    def generate(self, model: PreTrainedModel, examples: Sequence[Example], max_new_tokens: int) -> list[list[int]]:
+    def generate(
+        self, model: PreTrainedModel, examples: Sequence[Example], max_new_tokens: int, end: int | None = None
+    ) -> list[list[int]]:
         raise CaloraError("a classifier", "a scored task", "a generated one", "use a language model for it")
 
 
-def _generate(model: PreTrainedModel, ids: Tensor, mask: Tensor, max_new_tokens: int, skip: int) -> list[list[int]]:
+def _generate(
+    model: PreTrainedModel, ids: Tensor, mask: Tensor, max_new_tokens: int, end: int | None, skip: int
+) -> list[list[int]]:
+    ends = end_tokens(model) + ([] if end is None else [end])
     plain: Any = copy.copy(model)  # `generate` reads what an argument leaves open from the model's generation_config
-    plain.generation_config = greedy(model, max_new_tokens)
-    out = plain.generate(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.long().to(model.device),
-        generation_config=plain.generation_config,
-    )
-    ends = set(end_tokens(model))
+    plain.generation_config = greedy(model, max_new_tokens, ends)
+    inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.long().to(model.device)}
+    out = plain.generate(**inputs, generation_config=plain.generation_config)
     return [_cut(sequence, ends) for sequence in out[:, skip:].tolist()]
 
 
-def greedy(model: PreTrainedModel, max_new_tokens: int) -> GenerationConfig:
-    """The highest logit at each position, until an end token: nothing else of generation_config.json has a say."""
+def greedy(model: PreTrainedModel, max_new_tokens: int, ends: Sequence[int]) -> GenerationConfig:
+    """The highest logit at each position, up to a token of `ends`: nothing else of generation_config.json has a say."""
     start = {"decoder_start_token_id": start_token(model)} if model.config.is_encoder_decoder else {}
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,
-        eos_token_id=end_tokens(model) or None,
+        eos_token_id=list(ends) or None,
         pad_token_id=pad_token(model),
         **start,
     )
 
 
-def _cut(ids: list[int], ends: set[int]) -> list[int]:
+def _cut(ids: list[int], ends: Sequence[int]) -> list[int]:
     """Up to and with the first end token: what follows is padding."""
     at = next((i for i, token in enumerate(ids) if token in ends), len(ids))
     return ids[: at + 1]
