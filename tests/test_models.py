@@ -6,7 +6,9 @@ import transformers
 from peft import LoraConfig, inject_adapter_in_model
 from transformers import GenerationConfig, PreTrainedModel
 
+from calora.errors import CaloraError
 from calora.models.families import family_of
+from calora.models.loading import compute_dtype, load_model
 from calora.models.tasks import Example
 
 SIZE = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
@@ -132,3 +134,42 @@ def test_an_answer_ends_at_any_end_token_and_keeps_no_padding(place):
     expected = [greedy_by_hand(model, example.prompt_ids, {1, end}, 6) for example in EXAMPLES]
     assert expected[0][-1] == end and len(expected[0]) < max(map(len, expected))
     assert family_of(model).generate(model, EXAMPLES, 6) == expected
+
+
+CPUS = [
+    ({"avx2": True, "avx512_f": True, "avx512_bw": True}, torch.float32),  # Skylake: bf16 is emulated
+    ({"avx2": True, "avx512_bf16": True}, torch.bfloat16),
+    ({"avx2": True, "amx_bf16": True}, torch.bfloat16),
+    ({"neon": True, "bf16": True}, torch.bfloat16),
+    ({"neon": True, "bf16": False}, torch.float32),
+]
+
+
+@pytest.mark.parametrize(("features", "dtype"), CPUS)
+def test_the_dtype_is_one_that_the_processor_has_kernels_for(features, dtype, monkeypatch):
+    monkeypatch.delenv("CALORA_DTYPE", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
+    assert compute_dtype() is dtype
+    for name, chosen in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        monkeypatch.setenv("CALORA_DTYPE", name)
+        assert compute_dtype() is chosen
+    monkeypatch.setenv("CALORA_DTYPE", "half")
+    with pytest.raises(CaloraError, match="CALORA_DTYPE: expected one of bfloat16, float32, found half"):
+        compute_dtype()
+
+
+def test_a_gpu_that_only_emulates_bfloat16_computes_in_float32(monkeypatch):
+    monkeypatch.delenv("CALORA_DTYPE", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert compute_dtype() is torch.float32
+
+
+@pytest.mark.parametrize(("name", "attention"), [("Gemma2", "eager"), ("Llama", "sdpa")])
+def test_a_class_without_sdpa_loads_with_eager_attention(name, attention, tmp_path, monkeypatch):
+    monkeypatch.setenv("CALORA_DTYPE", "float32")
+    tiny(name).to(torch.bfloat16).save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    assert model.dtype is torch.float32 and model.config._attn_implementation == attention
+    assert load_model(tmp_path, torch.bfloat16, attention="eager").dtype is torch.bfloat16
