@@ -21,9 +21,9 @@ def main(params: Params, name: str, recipe: str, method: str) -> None:
     task = read_task(name)
     model = load(compressed(recipe), dense=True, attention="eager")
     config = config_of(params, method)
-    check_targets(model, list(config.target_modules or []), config.r, "inherit")
+    check_targets(model, list(config.target_modules or []), config.r)
     meta = {
-        "task": task.to_json(), "compressed_fingerprint": model.calora_fingerprint, "recipe": recipe, "recovery": False,
+        "task": task.to_json(), "compressed_fingerprint": model.calora_fingerprint, "recipe": recipe,
     }  # fmt: skip
     folder, base = adapter(method, name, recipe), compressed(recipe)
     train_lora(

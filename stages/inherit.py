@@ -11,7 +11,7 @@ from calora.adapters.cards import plain_card
 from calora.adapters.folder import read_plain_lora, write_adapter
 from calora.common.artifacts import fingerprint
 from calora.compressed import load
-from calora.inheritance.inherit import inherit
+from calora.inheritance.inherit import Bypass, inherit
 from calora.models.loading import load_model
 from calora.models.tasks import encode_all
 from stages.common import BASE, adapter, compressed, run, teacher
@@ -36,17 +36,17 @@ def main(params: Params, name: str, recipe: str) -> None:
     rows = read_split(name, "train")[: options.calibration_texts]
     calibration = encode_all(task, model.calora_tokenizer, rows)
     inherited, report = inherit(
-        model, load_model(BASE, torch.bfloat16), origin, calibration,
-        targets=options.targets, rank=options.rank, activation=options.activation, start=options.start, origin=model.calora_origin,
-        lora=options.lora, bypass=options.bypass, seed=params.seed,
+        model, origin, lora="inherited" if options.lora else "fresh", calibration=calibration, origin=model.calora_origin,
+        bypass=Bypass(options.targets, options.rank, options.activation, options.start) if options.bypass else None,
+        reference=load_model(BASE, torch.bfloat16), seed=params.seed,
     )  # fmt: skip
     out = adapter("inherited", name, recipe)
     base = str(compressed(recipe))
-    write_adapter(out, inherited, base, plain_card(task, base), torch.bfloat16, {"inherit.json": report})
-    if report["dropped"]:
-        print(f"{len(report['dropped'])} LoRA tensors dropped: their layers were cut")
-    errors = list(report["errors"].values())
-    print(f"{name} on {recipe}: {len(report['mapped'])} LoRA layers mapped, {len(errors)} bypasses", end="")
+    write_adapter(out, inherited, base, plain_card(task, base), torch.bfloat16, {"inherit.json": report.to_json()})
+    if report.dropped:
+        print(f"{len(report.dropped)} LoRA tensors dropped: their layers were cut")
+    errors = list(report.errors.values())
+    print(f"{name} on {recipe}: {len(report.mapped)} LoRA layers mapped, {len(errors)} bypasses", end="")
     if errors:
         before, after = (sum(column) / len(errors) for column in zip(*errors, strict=True))
         print(f"; relative error of a layer's output {before:.3f}, with the start {after:.3f}", end="")

@@ -12,6 +12,7 @@ import torch
 
 from calora.adapters.cards import plain_card
 from calora.adapters.folder import read_plain_lora, write_adapter
+from calora.adapters.foreign import import_lora
 from calora.adapters.lora import attach_adapter, check_targets, lora_config, set_active
 from calora.common.artifacts import fingerprint, replace_directory
 from calora.common.parallel import place
@@ -39,21 +40,21 @@ def main(params: Params, name: str) -> None:
 def train_teacher(params: Params, task: Task) -> Checkpoint:
     """A LoRA trained on the labelled texts; the best one on validation."""
     model = load_model(BASE, torch.bfloat16, attention="eager")
-    check_targets(model, params.teacher.targets, params.teacher.rank, "teacher")
+    check_targets(model, params.teacher.targets, params.teacher.rank)
     config = lora_config(params.teacher.rank, params.teacher.lora_alpha, params.teacher.targets)
     folder = teacher(task.name)
     return train_lora(params, task, model, load_tokenizer(BASE), config, folder, BASE, fingerprint(BASE))
 
 
 def take_imported(task: Task, imported: Imported) -> None:
-    """The user's own adapter, recognised by its fingerprint."""
+    """The user's own adapter, recognised by its fingerprint, as a plain LoRA of the base."""
     folder = Path(imported.path)
-    adapter = read_plain_lora(folder, "name a folder that PEFT wrote")
     found = fingerprint(folder)
     if found != imported.sha256:
         raise CaloraError(
             folder, f"weights with fingerprint {imported.sha256}", found, "put that into teacher.adapters"
         )
+    adapter = import_lora(folder, load_model(BASE, torch.bfloat16))
     write_adapter(teacher(task.name), adapter, str(BASE), plain_card(task, str(BASE)), torch.bfloat16)
 
 
