@@ -7,13 +7,13 @@ writes models/inherited/<task>/<recipe>/<method>.
 from __future__ import annotations
 
 import torch
-from calora.inheritance.fresh import equal_budget, fresh_adapter
 
 from calora.adapters.cards import plain_card
 from calora.adapters.folder import read_plain_lora, write_adapter
 from calora.adapters.lora import Adapter, check_targets, lora_config
 from calora.common.artifacts import fingerprint, read_json
 from calora.compressed import Compressed, load
+from calora.inheritance.fresh import equal_budget, fresh_adapter
 from calora.inheritance.inherit import Bypass, Inheritance, inherit
 from calora.models.anatomy import linear_layers
 from calora.models.loading import load_model

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from calora.adapters.foreign import import_lora
 
 from calora.adapters.cards import plain_card
 from calora.adapters.folder import read_plain_lora, write_adapter
+from calora.adapters.foreign import import_lora
 from calora.adapters.lora import attach_adapter, check_targets, lora_config, set_active
 from calora.common.artifacts import replace_directory
 from calora.common.parallel import only_first_goes_on, place

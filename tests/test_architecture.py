@@ -14,7 +14,9 @@ from tests.conftest import ROOT
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 OURS = {"calora", "stages", "pipeline"}
 MAY_IMPORT = {
-    "calora": {"calora", "torch", "transformers", "peft", "safetensors", "accelerate", "tqdm", "numpy", "scipy"},
+    "calora": {
+        "calora", "torch", "transformers", "peft", "safetensors", "accelerate", "huggingface_hub", "tqdm", "numpy", "scipy",
+    },
     "stages": {"calora", "stages", "pydantic", "yaml", "torch", "transformers", "safetensors", "datasets", "huggingface_hub", "sklearn", "matplotlib", "peft"},
     "pipeline": {
         "pipeline", "stages", "calora", "dvc", "prefect", "pydantic", "yaml", "ruamel", "networkx", "rich", "tqdm", "numpy", "matplotlib",
