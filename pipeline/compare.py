@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.markdown import Markdown
@@ -50,7 +51,7 @@ def overview(experiments: dict[str, Experiment]) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     heads = [short(key) for key in methods]
     for column in ("experiment", "task", "recipe", *heads, "gain", "MB", *params):
-        side = "left" if column in ("experiment", "task", "recipe", *params) else "right"
+        side: Literal["left", "right"] = "left" if column in ("experiment", "task", "recipe", *params) else "right"
         table.add_column(column, justify=side, overflow="fold", no_wrap=column == "experiment")
     for name, task, recipe, metrics, values in rows:
         found = metrics["methods"]

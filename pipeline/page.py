@@ -19,7 +19,7 @@ from stages.looks import BLACK
 from stages.tables import Table, of_methods, of_runs
 
 INK = "#010203"  # stands for the colour of the page's text, which a viewer's light or dark setting decides
-LOOK = {
+LOOK: dict[Any, Any] = {
     "svg.fonttype": "none", "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "savefig.transparent": True, "svg.hashsalt": "calora",
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color"), INK),
     "legend.facecolor": "none", "legend.edgecolor": INK, "legend.framealpha": 0,

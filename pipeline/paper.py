@@ -19,13 +19,14 @@ from stages import plots
 from stages.looks import key_of
 from stages.tables import Table, interval
 
+Cell = tuple[bool, ...]
 PARTS = ("inherit", "recover", "distil")
-CELLS = {  # which of the three a method has
+CELLS: dict[Cell, str] = {  # which of the three a method has
     (False, False, False): "clm_lora_qk", (True, False, False): "only_inherit", (False, True, False): "only_recover",
     (False, False, True): "only_distil", (False, True, True): "no_inherit", (True, False, True): "no_recover",
     (True, True, False): "no_distil", (True, True, True): "calora",
 }  # fmt: skip
-Hits = Mapping[tuple[bool, ...], np.ndarray[Any, Any]]  # cell -> whether each item is right, [seeds, items]
+Hits = Mapping[Cell, np.ndarray[Any, Any]]  # cell -> whether each item is right, [seeds, items]
 
 
 def ablation(root: Path, task: str, recipe: str, seeds: Sequence[int]) -> Path:

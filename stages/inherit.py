@@ -51,32 +51,27 @@ def read_start(method: str) -> Start:
 def start_of(start: Start, model: Compressed, name: str, seed: int) -> tuple[Adapter, Inheritance]:
     """The adapter of a start, and what became of the teacher's layers."""
     if isinstance(start.budget, Start):  # the shape of another method's adapter; what its values are does not matter
-        like, report = carried(start.budget, model, name, seed, shape_only=True)
+        like, report = start_of(start.budget.of_shape(), model, name, seed)
         return fresh_adapter(model, equal_budget(like, linear_layers(model)), {}, seed), report
-    if start.lora in ("inherited", "fresh", "none"):
-        return carried(start, model, name, seed)
     lora = start.lora
+    if isinstance(lora, str):
+        return carried(start, lora, model, name, seed)
     check_targets(model, lora.targets, lora.rank)
     made = fresh_adapter(model, lora_config(lora.rank, lora.lora_alpha, lora.targets), {}, seed)
-    bare, report = carried(start.model_copy(update={"lora": "none"}), model, name, seed)
+    bare, report = carried(start, "none", model, name, seed)
     return Adapter(made.config, made.lora, bare.recovery, bare.meta), report
 
 
-def carried(
-    start: Start, model: Compressed, name: str, seed: int, shape_only: bool = False
-) -> tuple[Adapter, Inheritance]:
+def carried(start: Start, lora: str, model: Compressed, name: str, seed: int) -> tuple[Adapter, Inheritance]:
     """The teacher's LoRA (or a fresh one of its shape, or none) with the bypass of a start."""
-    options = start.bypass
-    bypass, reference, calibration = None, None, []
-    if options is not None:
-        kind = "zero" if shape_only else options.start
-        bypass = Bypass(options.targets, options.rank, options.activation, kind)
-    if not shape_only and ((bypass is not None and bypass.start != "zero") or model.calora_origin.kept):
+    reference, calibration = None, []
+    bypass = None if start.bypass is None else Bypass(**start.bypass.model_dump())
+    if (bypass is not None and bypass.start != "zero") or (lora == "inherited" and model.calora_origin.kept):
         reference = load_model(BASE)
         rows = read_split(name, "train")[: start.calibration_texts]
         calibration = encode_all(read_task(name), model.calora_tokenizer, rows)
     return inherit(
-        model, read_plain_lora(teacher(name)), lora=start.lora, bypass=bypass, reference=reference,
+        model, read_plain_lora(teacher(name)), lora=lora, bypass=bypass, reference=reference,
         calibration=calibration, origin=model.calora_origin, seed=seed,
     )  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +32,7 @@ class Table:
         return "\n".join([f"### {self.title}", "", self.grid(), *notes])
 
 
-def interval(ci: list[float], sign: str = "") -> str:
+def interval(ci: Sequence[float], sign: str = "") -> str:
     """A 95 % interval."""
     return f"[{ci[0]:{sign}.3f}, {ci[1]:{sign}.3f}]" if sign else f"{ci[0]:.3f} to {ci[1]:.3f}"
 

@@ -31,7 +31,11 @@ def main(params: Params, name: str) -> None:
     """The teacher of one task, and its targets."""
     task, brought = read_task(name), data(name) / "adapter"
     model = load_model(BASE, attention=training_attention())
-    saved = take_imported(task, brought, model) if brought.exists() else train_teacher(params, task, model)
+    saved = None
+    if brought.exists():
+        take_imported(task, brought, model)
+    else:
+        saved = train_teacher(params, task, model)
     store_targets(params, task)
     if saved:
         saved.clear()
