@@ -219,12 +219,6 @@ class Start(Section):
     bypass: Bypass | None
     calibration_texts: Positive
 
-    def of_shape(self) -> Start:
-        """A start of the same shape that takes no data to make."""
-        lora = "fresh" if self.lora == "inherited" else self.lora
-        bypass = None if self.bypass is None else self.bypass.model_copy(update={"start": "zero"})
-        return self.model_copy(update={"lora": lora, "bypass": bypass})
-
     @model_validator(mode="after")
     def _one_shape(self) -> Start:
         if self.budget is not None and self.lora != "fresh":

@@ -51,7 +51,7 @@ def read_start(method: str) -> Start:
 def start_of(start: Start, model: Compressed, name: str, seed: int) -> tuple[Adapter, Inheritance]:
     """The adapter of a start, and what became of the teacher's layers."""
     if isinstance(start.budget, Start):  # the shape of another method's adapter; what its values are does not matter
-        like, report = start_of(start.budget.of_shape(), model, name, seed)
+        like, report = start_of(of_shape(start.budget), model, name, seed)
         return fresh_adapter(model, equal_budget(like, linear_layers(model)), {}, seed), report
     lora = start.lora
     if isinstance(lora, str):
@@ -60,6 +60,13 @@ def start_of(start: Start, model: Compressed, name: str, seed: int) -> tuple[Ada
     made = fresh_adapter(model, lora_config(lora.rank, lora.lora_alpha, lora.targets), {}, seed)
     bare, report = carried(start, "none", model, name, seed)
     return Adapter(made.config, made.lora, bare.recovery, bare.meta), report
+
+
+def of_shape(start: Start) -> Start:
+    """A start of the same shape that takes no data to make."""
+    lora = "fresh" if start.lora == "inherited" else start.lora
+    bypass = None if start.bypass is None else start.bypass.model_copy(update={"start": "zero"})
+    return start.model_copy(update={"lora": lora, "bypass": bypass})
 
 
 def carried(start: Start, lora: str, model: Compressed, name: str, seed: int) -> tuple[Adapter, Inheritance]:
