@@ -5,11 +5,15 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import matplotlib
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from pipeline.experiment import Experiment, Found
@@ -25,40 +29,42 @@ LOOK: dict[Any, Any] = {
     "legend.facecolor": "none", "legend.edgecolor": INK, "legend.framealpha": 0,
 }  # fmt: skip
 DETAILED = 24  # runs, tasks and recipes counted apart: with the figures of each, the page has 2.4 MB then
-STYLE = """
-:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #ffffff; --line: #c8c8c8; --soft: #f3f3f3 }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8e8e8; --paper: #16181b; --line: #45484d; --soft: #22252a } }
-@media print { :root { --ink: #000000; --paper: #ffffff; --line: #999999; --soft: #ffffff } section { break-inside: avoid } }
-body { margin: 0 auto; max-width: 72rem; padding: 1rem; color: var(--ink); background: var(--paper); font: 16px/1.5 system-ui, sans-serif }
-h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin-top: 2.5rem } h3 { font-size: 1rem }
-.wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.9rem }
-th, td { padding: 0.3rem 0.5rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
-th { background: var(--soft); white-space: normal; vertical-align: bottom } .text { text-align: left }
-.pair { display: flex; flex-wrap: wrap; gap: 1rem } .pair figure { flex: 1 1 28rem } figure { margin: 1rem 0 } svg { max-width: 100%; height: auto; color: var(--ink) } figcaption { font-size: 0.85rem }
-"""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A figure as inline SVG, and what stands below it."""
+
+    svg: Markup
+    caption: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """A task, with its runs, or one run: a table and figures; `as_in` names the run that shows the same layer errors."""
+
+    name: str
+    table: Table
+    figures: list[Shown]
+    runs: list[Part] = field(default_factory=list)
+    as_in: str = ""
 
 
 def page(experiments: Mapping[str, Experiment]) -> str:
     """The HTML of one experiment or of several, by name."""
-    parts = ["<h1>CA-LoRA: results</h1>"]
-    if any(one.params for one in experiments.values()):
-        parts.append(table_html(of_params(experiments)))
-    if means := over_seeds(experiments):
-        parts.append(table_html(means))
     runs = sum(len(recipes) for one in experiments.values() for recipes in one.found.values())
+    tables = [of_params(experiments)] if any(one.params for one in experiments.values()) else []
+    if means := over_seeds(experiments):
+        tables.append(means)
+    tasks = []
     for task in dict.fromkeys(task for one in experiments.values() for task in one.found):
         chosen = {name: one.found[task] for name, one in experiments.items() if task in one.found}
-        rows = rows_of(chosen)
-        parts += of_task(task, rows, alone=len(chosen) == 1)
-        if runs <= DETAILED:
-            parts += of_each(task, rows)
-    if runs > DETAILED:
-        parts.append(
-            f"<p>No figures of single runs: there are {runs}, more than {DETAILED}. Compare fewer to see them.</p>"
-        )
-    size = '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    head = f'<meta charset="utf-8">{size}<title>CA-LoRA: results</title><style>{STYLE}</style>'
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
+        tasks.append(of_task(task, rows_of(chosen), alone=len(chosen) == 1, detailed=runs <= DETAILED))
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
+    left_out = runs if runs > DETAILED else 0
+    return environment.get_template("page.html").render(
+        tables=tables, tasks=tasks, left_out=left_out, detailed=DETAILED
+    )
 
 
 def rows_of(experiments: Mapping[str, Mapping[str, Found]]) -> dict[str, Found]:
@@ -70,19 +76,17 @@ def rows_of(experiments: Mapping[str, Mapping[str, Found]]) -> dict[str, Found]:
     }
 
 
-def of_task(task: str, rows: Mapping[str, Found], alone: bool) -> Iterator[str]:
+def of_task(task: str, rows: Mapping[str, Found], alone: bool, detailed: bool) -> Part:
     """All rows of one task together: the recipes of one experiment, or several experiments, the best first."""
     metrics = {row: found.metrics for row, found in rows.items()}
-    yield f"<h2>{escape(task)}</h2>"
-    yield table_html(of_runs("Before and after CA-LoRA", "recipe" if alone else "experiment: recipe", metrics))
+    table = of_runs("Before and after CA-LoRA", "recipe" if alone else "experiment: recipe", metrics)
     if alone:
-        told = "Each recipe: inherited LoRA to CA-LoRA."
-        first = figure_html(partial(plots.recipes_against_bytes, metrics, task), told)
+        first = shown(partial(plots.recipes_against_bytes, metrics, task), "Each recipe: inherited LoRA to CA-LoRA.")
     else:
         scores = {row: compared(metrics[row]) for row in sorted(rows, key=lambda row: -best(metrics[row]))}
-        first = figure_html(partial(plots.ranking, scores, task), "Each run, the best first, with 95 % intervals.")
-    told = "Every method; the line is the best accuracy for the bytes."
-    yield pair(first, figure_html(partial(plots.front, metrics, task), told))
+        first = shown(partial(plots.ranking, scores, task), "Each run, the best first, with 95 % intervals.")
+    front = shown(partial(plots.front, metrics, task), "Every method; the line is the best accuracy for the bytes.")
+    return Part(task, table, [first, front], list(of_each(task, rows)) if detailed else [])
 
 
 def compared(metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,32 +100,21 @@ def best(metrics: Mapping[str, Any]) -> float:
     return float(own["accuracy"] if own else max(m["accuracy"] for m in metrics["methods"].values()))
 
 
-def of_each(task: str, rows: Mapping[str, Found]) -> Iterator[str]:
+def of_each(task: str, rows: Mapping[str, Found]) -> Iterator[Part]:
     """Each row of one task on its own."""
     drawn: dict[str, str] = {}  # layer errors -> the row that shows them: runs that start alike share them
     for row, found in rows.items():
         title = f"{task}, {row}"
-        yield f"<section>{table_html(of_methods(row, found.metrics))}"
-        yield pair(
-            figure_html(partial(plots.accuracy_against_bytes, found.metrics, title), "Methods, 95 % intervals."),
-            *(
-                [figure_html(partial(plots.convergence, found.curves, title), "Validation accuracy while training.")]
-                if found.curves
-                else []
-            ),
-        )
+        figures = [shown(partial(plots.accuracy_against_bytes, found.metrics, title), "Methods, 95 % intervals.")]
+        if found.curves:
+            figures.append(
+                shown(partial(plots.convergence, found.curves, title), "Validation accuracy while training.")
+            )
         same = drawn.setdefault(repr(found.errors), row)
         if found.errors and same == row:
-            told = "Relative error of each layer's output on the teacher's inputs, and what the start of the bypass leaves of it."
-            yield figure_html(partial(plots.layer_errors, found.errors, title), told)
-        elif found.errors:
-            yield f"<p>Errors of the layers: as in {escape(same)}.</p>"
-        yield "</section>"
-
-
-def pair(*figures: str) -> str:
-    """Figures side by side where there is room."""
-    return f"<div class=pair>{''.join(figures)}</div>"
+            caption = "Relative error of each layer's output on the teacher's inputs, and what the start of the bypass leaves of it."
+            figures.append(shown(partial(plots.layer_errors, found.errors, title), caption))
+        yield Part(row, of_methods(row, found.metrics), figures, as_in=same if found.errors and same != row else "")
 
 
 def of_params(experiments: Mapping[str, Experiment]) -> Table:
@@ -132,22 +125,7 @@ def of_params(experiments: Mapping[str, Experiment]) -> Table:
     return table
 
 
-def table_html(table: Table) -> str:
-    """A table of cells."""
-
-    def row(cells: list[str], kind: str) -> str:
-        marks = (
-            f"<{kind}{' class=text' if i in table.texts else ''}>{escape(cell)}</{kind}>"
-            for i, cell in enumerate(cells)
-        )
-        return f"<tr>{''.join(marks)}</tr>"
-
-    body = "".join(row(cells, "td") for cells in table.rows)
-    notes = "".join(f"<p>{escape(note)}</p>" for note in table.notes)
-    return f"<h3>{escape(table.title)}</h3><div class=wide><table><thead>{row(table.header, 'th')}</thead><tbody>{body}</tbody></table></div>{notes}"
-
-
-def figure_html(draw: Callable[[], Figure], caption: str) -> str:
+def shown(draw: Callable[[], Figure], caption: str) -> Shown:
     """A figure as inline SVG, its lines and letters in the colour of the page's text."""
     file = io.StringIO()
     with matplotlib.rc_context(LOOK):
@@ -157,5 +135,4 @@ def figure_html(draw: Callable[[], Figure], caption: str) -> str:
     svg = re.sub(r">\s+<", "><", svg)
     for ink in (INK, BLACK, "#000000"):
         svg = svg.replace(ink, "currentColor")
-    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{escape(caption)}" ', 1)
-    return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
+    return Shown(Markup(svg.replace("<svg ", f'<svg role="img" aria-label="{escape(caption)}" ', 1)), caption)

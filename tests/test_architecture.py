@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "stages": {"calora", "stages", "pydantic", "yaml", "torch", "transformers", "safetensors", "datasets", "huggingface_hub", "sklearn", "matplotlib", "peft"},
     "pipeline": {
         "pipeline", "stages", "calora", "dvc", "prefect", "pydantic", "yaml", "ruamel", "networkx", "rich", "tqdm", "numpy", "matplotlib",
-        "vl_convert",
+        "vl_convert", "jinja2", "markupsafe", "filelock",
     },
 }  # fmt: skip
 
