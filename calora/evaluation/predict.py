@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from calora.common.batching import length_batches
 from calora.common.parallel import portion, total
 from calora.common.progress import progress
-from calora.evaluation.metrics import normalise
+from calora.evaluation.metrics import exact_match
 from calora.models.families import Classifier, end_tokens, family_of
 from calora.models.tasks import Example, Task
 
@@ -61,9 +61,7 @@ def predict(
 def correct(predictions: Predictions, examples: Sequence[Example]) -> list[bool]:
     """Whether each answer is right: the label, or an exact match with some reference (SQuAD's normalisation)."""
     return [
-        label == example.label
-        if example.label >= 0
-        else normalise(answer) in {normalise(reference) for reference in example.references}
+        label == example.label if example.label >= 0 else exact_match(answer, example.references)
         for answer, label, example in zip(predictions.answers, predictions.labels, examples, strict=True)
     ]
 
