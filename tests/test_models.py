@@ -28,6 +28,7 @@ SIZES = {
         "logits_soft_cap": 2.0,
         "lru_width": 32,
     },
+    "Mixtral": {**LLAMA, "num_local_experts": 4, "output_router_logits": True},
     "OPT": {**SIZE, "ffn_dim": 48, "word_embed_proj_dim": 16, "max_position_embeddings": 64},
     "GPTNeoX": {**SIZE, "intermediate_size": 48},
     "GPT2": {"vocab_size": 40, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1},

@@ -10,7 +10,8 @@ from calora.adapters.lora import inject, lora_config, lora_state, set_active
 from calora.common.artifacts import whole_directory
 from calora.common.batching import epoch_batches, equal_length_batches, length_batches
 from calora.common.progress import progress
-from calora.distillation.distill import answer_divergence, finetune, hidden_distance, task_loss, trainable
+from calora.distillation.distill import finetune, trainable
+from calora.distillation.loss import answer_divergence, hidden_distance, task_loss
 from calora.distillation.targets import Targets, write_targets
 from calora.distillation.training import Checkpoint, MasterWeights, Schedule, train
 from calora.errors import CaloraError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from peft import LoraConfig
@@ -12,11 +13,11 @@ from transformers import PreTrainedModel
 
 from calora.adapters.lora import Adapter, attach_adapter, inject, lora_state, set_active, take_adapter
 from calora.common.batching import epoch_batches
-from calora.common.parallel import place, share
+from calora.common.parallel import place, share, weight
 from calora.distillation.loss import Weights, loss_of, task_loss
 from calora.distillation.targets import Targets
 from calora.distillation.training import Checkpoint, History, Losses, Schedule, train
-from calora.models.families import family_of
+from calora.models.families import IGNORE, family_of
 from calora.models.tasks import Example
 
 
@@ -57,7 +58,8 @@ def finetune(
     def loss_of_step(step: int) -> tuple[Losses, int]:
         chosen = [examples[i] for i in share(batches[step])]
         batch = family.collate(chosen, model)
-        return {"loss": task_loss(family.forward(model, batch, None), batch)}, sum(e.tokens for e in chosen)
+        loss = task_loss(family.forward(model, batch, None), batch) * weight(batch.labels != IGNORE, batches[step])
+        return {"loss": loss}, sum(e.tokens for e in chosen)
 
     history = train(trainable(model), loss_of_step, score, schedule, model.dtype, checkpoint, title)
     return Adapter(config, lora_state(model)), history
@@ -117,13 +119,15 @@ def distill(
     def loss_of_step(step: int) -> tuple[Losses, int]:
         pool = 1 if every and step % every == every - 1 else 0
         turn = step // every if pool else step - (step // every if every else 0)
-        indices = share(plans[pool][turn])
+        whole = plans[pool][turn]
+        indices = share(whole)
         chosen = [texts[pool][i] for i in indices]
         batch = family.collate(chosen, model)
         output = family.forward(model, batch, None)
         targets = pools[pool].targets if weights.needs_teacher else None
         target = targets.read(indices, model.device) if targets else None
-        return loss_of(output, batch, target, weights, pool == 0), sum(e.tokens for e in chosen)
+        losses = loss_of(output, batch, target, weights, pool == 0, partial(weight, indices=whole))
+        return losses, sum(e.tokens for e in chosen)
 
     history = train(trainable(model), loss_of_step, score, schedule, model.dtype, checkpoint, title)
     return take_adapter(model, adapter.config, adapter.meta, name), history

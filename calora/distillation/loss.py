@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +12,9 @@ from torch.nn import functional as F
 from calora.distillation.targets import Target
 from calora.distillation.training import Losses
 from calora.errors import CaloraError
-from calora.models.families import Batch, Output
+from calora.models.families import IGNORE, Batch, Output
+
+Part = tuple[str, float, Tensor, Tensor]  # name, weight, value (a mean), and True at each item of that mean
 
 
 @dataclass(frozen=True)
@@ -69,31 +71,42 @@ def answer_divergence(logits: Tensor, target: Tensor) -> Tensor:
     )
 
 
-def distance_parts(output: Output, batch: Batch, target: Target, weights: Weights) -> list[tuple[str, float, Tensor]]:
-    """(name, weight, value) of each part that looks at the teacher; `output.logits` is over the whole vocabulary."""
-    parts = [
-        (f"hidden_{stack}", weight, hidden_distance(output.hidden[stack], batch.masks[stack], target.hidden[stack]))
-        for stack, weight in weights.alpha.items()
-        if weight > 0 and stack in output.hidden
-    ]
+def distance_parts(output: Output, batch: Batch, target: Target, weights: Weights) -> list[Part]:
+    """Each part that looks at the teacher; `output.logits` is over the whole vocabulary."""
+    parts: list[Part] = []
+    for stack, weight in weights.alpha.items():
+        if weight > 0 and stack in output.hidden:
+            mask = batch.masks[stack]
+            distance = hidden_distance(output.hidden[stack], mask, target.hidden[stack])
+            parts.append((f"hidden_{stack}", weight, distance, mask))
     if weights.kl > 0:
         kl = answer_divergence(output.logits.gather(1, target.token_ids), target.logits)
-        parts.append(("kl", weights.kl, kl))
+        parts.append(("kl", weights.kl, kl, batch.labels == batch.labels))
     return parts
 
 
-def loss_of(output: Output, batch: Batch, target: Target | None, weights: Weights, labelled: bool) -> Losses:
-    """The loss of one batch and its parts by name; without a target, or with weights that need none, L = w_task L_task."""
-    parts: list[tuple[str, float, Tensor]] = []
+def loss_of(
+    output: Output,
+    batch: Batch,
+    target: Target | None,
+    weights: Weights,
+    labelled: bool,
+    weigh: Callable[[Tensor], float] = lambda _: 1.0,
+) -> Losses:
+    """The loss of one batch and its parts by name; without a target, or with weights that need none, L = w_task L_task.
+
+    Args:
+        weigh: weight of a mean among those of several processes, by the items that it is over (`parallel.weight`).
+    """
+    parts: list[Part] = []
     if target is not None:
         factor = weights.labelled if labelled else weights.unlabelled
-        parts = [
-            (name, factor * weight, value) for name, weight, value in distance_parts(output, batch, target, weights)
-        ]
+        distances = distance_parts(output, batch, target, weights)
+        parts = [(name, factor * weight, value, items) for name, weight, value, items in distances]
     if labelled and weights.task > 0:
-        parts.append(("task", weights.task, task_loss(output, batch)))
+        parts.append(("task", weights.task, task_loss(output, batch), batch.labels != IGNORE))
     if not parts:
         kind = "labelled" if labelled else "unlabelled"
         raise CaloraError("loss", f"a weight above 0 on {kind} texts", "none", "raise task, alpha or kl")
-    losses = {name: value for name, _, value in parts}
-    return losses | {"loss": torch.stack([weight * value for _, weight, value in parts]).sum()}
+    losses = {name: value * weigh(items) for name, _, value, items in parts}
+    return losses | {"loss": torch.stack([weight * losses[name] for name, weight, _, _ in parts]).sum()}
