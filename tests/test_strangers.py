@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import calora
 from calora.adapters.features import FEATURES
 from calora.adapters.fold import fold
+from calora.adapters.folder import read_plain_lora, write_adapter
 from calora.adapters.foreign import import_lora
 from calora.adapters.lora import Adapter, attach_adapter, detach_adapter, lora_scale, set_active
 from calora.compression import compress
@@ -51,6 +52,10 @@ CARRIED = {
     "orthogonal": {"init_lora_weights": "orthogonal"},
     "no start": {"init_lora_weights": False},
     "biases where the base has none": {"bias": "all"},
+    "of another layout, which a linear layer has not": {"fan_in_fan_out": True},
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "olora"},
+    "pissa by pattern": {"init_lora_weights": "pissa", "use_rslora": True, "rank_pattern": {r"layers\.1.*": 3}},
 }  # fmt: skip
 
 
@@ -138,12 +143,16 @@ def test_it_is_as_in_peft_on_every_path(base, packed, tmp_path, case):
     close(logits(model), whole)
     close(logits(model, CHOSEN), chosen)
     assert torch.equal(logits(model), logits(model)) and not any(module.training for module in model.modules())
+    plain = tmp_path / "plain"  # for PEFT on the compressed base: a start that changes the base would change this one
+    write_adapter(plain, adapter, str(base), "", torch.float32)
     for folder in packed.values():
         compressed = calora.load(folder)
         inherited, _ = inherit(compressed, adapter)
         attach_adapter(compressed, inherited, "own")
         set_active(compressed, "own")
-        whole, chosen = in_peft(calora.load(folder, dense=True), stranger)
+        whole, chosen = in_peft(
+            calora.load(folder, dense=True), plain if "pissa" in case or "olora" in case else stranger
+        )
         close(logits(compressed), whole, 1e-5)  # other kernels add up in another order
         close(logits(compressed, CHOSEN), chosen, 1e-5)
 
@@ -226,9 +235,7 @@ def test_names_that_fit_two_layers_are_refused(tmp_path):
 
 
 REFUSED = {
-    "pissa": ({}, {"init_lora_weights": "pissa"}, "PiSSA.*path_initial_model_for_weight_conversion"),
-    "pissa_niter_4": ({}, {"init_lora_weights": "pissa_niter_4"}, "PiSSA.*path_initial_model"),
-    "olora": ({}, {"init_lora_weights": "olora"}, "OLoRA.*path_initial_model"),
+    "pissa_niter_4": ({}, {"init_lora_weights": "pissa_niter_4"}, "PiSSA.*path_initial_model_for_weight_conversion"),
     "corda": ({}, {"init_lora_weights": "corda"}, "CorDA.*path_initial_model"),
     "lora_ga": ({}, {"init_lora_weights": "lora_ga"}, "LoRA-GA.*path_initial_model"),
     "loftq": ({}, {"init_lora_weights": "loftq"}, "LoftQ"),
@@ -251,8 +258,12 @@ REFUSED = {
     "targets without tensors": ({}, {"target_modules": ["q_proj", "k_proj", "down_proj"]}, "k_proj.*no tensors"),
     "tensors without targets": ({}, {"target_modules": ["q_proj"]}, "down_proj.*does not name"),
     "a rank that is not the tensors'": ({}, {"r": 8}, r"lora_A \(8, \d+\).*found lora_A \(4, "),
-    "no rank": ({}, {"r": 0}, "a number 'r'"),
-    "a rank of text": ({}, {"r": "4"}, "a number 'r'"),
+    "no rank": ({}, {"r": 0}, "a number for 'r'"),
+    "a rank of text": ({}, {"r": "4"}, "a number for 'r'"),
+    "half a rank": ({}, {"rank_pattern": {"q_proj": 2.5}}, "a number for 'q_proj'"),
+    "no alpha": ({}, {"lora_alpha": float("nan")}, "a number for 'lora_alpha'"),
+    "a pattern that is a list": ({}, {"rank_pattern": [1]}, "numbers by name"),
+    "a broken pattern": ({}, {"alpha_pattern": {"(q": 2}}, "a regular expression in 'alpha_pattern'"),
     "layers of a pattern": ({}, {"target_modules": ".*q_proj", "layers_to_transform": [0]}, "that PEFT can read"),
     "a broken expression": ({}, {"target_modules": "(q_proj"}, "that PEFT can read"),
 }
@@ -269,6 +280,12 @@ def test_what_cannot_be_carried_is_refused_by_name(base, tmp_path, case):
     assert "\n" not in str(caught.value) and "Fix: " in str(caught.value)
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_start_that_changes_the_base_is_not_read_without_the_base(base, tmp_path):
+    stranger = make_stranger(base, tmp_path / "s", init_lora_weights="pissa")
+    with pytest.raises(CaloraError, match=r"PiSSA.*path_initial_model_for_weight_conversion"):
+        read_plain_lora(stranger)
 
 
 def test_every_feature_is_one_of_peft_s():
@@ -294,6 +311,11 @@ def test_a_larger_vocabulary_is_one_line(base, tmp_path):
     save_file({**tensors, "base_model.model.model.embed_tokens.weight": table}, stranger / WEIGHTS)
     with pytest.raises(CaloraError, match=f"expected {size} tokens.*found {size + 2} tokens.*resize_token_embeddings"):
         import_lora(stranger, load_model(base, torch.float32))
+    whole = make_stranger(wider, tmp_path / "whole", modules_to_save=["embed_tokens", "lm_head"])
+    head = make_stranger(wider, tmp_path / "head", target_modules=["q_proj", "lm_head"])
+    for folder in (whole, head):  # the sizes come first: the others cannot be mended before
+        with pytest.raises(CaloraError, match=f"expected {size} tokens.*found {size + 2} tokens"):
+            import_lora(folder, load_model(base, torch.float32))
     own = load_model(base, torch.float32).get_input_embeddings().weight.detach().clone()
     save_file({**tensors, "base_model.model.model.embed_tokens.weight": own}, stranger / WEIGHTS)
     assert import_lora(stranger, load_model(base, torch.float32)).lora  # a copy of the base's own changes nothing
