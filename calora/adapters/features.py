@@ -62,8 +62,8 @@ def plain_lora(path: Path, config: Mapping[str, Any], starts: Collection[str] = 
     for key, (name, fix) in FEATURES.items():
         if config.get(key) and not (key == "modules_to_save" and config.get("task_type") == "SEQ_CLS"):
             raise refused(path, name, f"{key}: {config[key]!r:.60}", fix)
-    fields: dict[str, Any] = {key: config[key] for key in FIELDS if config.get(key) is not None}
-    fields = {"r": 8, "lora_alpha": 8, "rank_pattern": {}, "alpha_pattern": {}} | fields  # PEFT's own
+    fields: dict[str, Any] = {"r": 8, "lora_alpha": 8, "rank_pattern": {}, "alpha_pattern": {}}  # PEFT's own
+    fields |= {key: config[key] for key in FIELDS if config.get(key) is not None}
     _check_numbers(path, fields)
     try:
         return LoraConfig(**fields)
