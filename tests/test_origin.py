@@ -13,6 +13,7 @@ from calora.errors import CaloraError
 from calora.inheritance.inherit import Bypass, carry_lora, inherit
 from calora.models.anatomy import linear_layers
 from calora.models.loading import load_model
+from calora.models.moments import input_second_moments
 from calora.saving import save
 from tests.conftest import make_model
 from tests.test_compression import EXPERTS
@@ -168,3 +169,39 @@ def test_smaller_models_are_ordinary_ones(tmp_path, toy):
         16,
         32,
     )
+
+
+def test_an_inherited_lora_makes_up_for_the_inputs_that_were_cut(tmp_path, toy):
+    """A' is the least squares fit of A X from the inputs that remain (X as the uncompressed model under its LoRA has them)."""
+    base = make_model("llama", tmp_path / "base", torch.float32)
+    whole, model = load_model(base, torch.float32), load_model(base, torch.float32)
+    teacher = teacher_of(load_model(base, torch.float32), EVERY)
+    step = {"shrink": {"importance": "activation", "compensate": True, "neurons": 0.5, "heads": 0.5}}
+    report = compress(model, [step], Calibration(toy[2]))
+    origin = Origin(report["kept"], report["layers_kept"])
+    with pytest.raises(CaloraError, match=r"reference: expected the uncompressed model, for the LoRA on .*lost inputs"):
+        inherit(model, teacher, origin=origin)
+    adapter, told = inherit(model, teacher, reference=whole, calibration=toy[2], origin=origin)
+    sliced, _ = carry_lora(model, teacher, origin)
+    attach_adapter(whole, teacher, "a")
+    set_active(whole, "a")
+    layers = linear_layers(whole)
+    moments = dict(input_second_moments(whole, toy[2], layers))
+    for layer in told.mapped:
+        a, b = f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
+        assert torch.equal(adapter.lora[b], sliced.lora[b])
+        columns = origin.columns(layer)
+        if columns is None:
+            assert torch.equal(adapter.lora[a], sliced.lora[a])
+            continue
+        assert layer.endswith(("down_proj", "o_proj"))
+        torch.testing.assert_close(adapter.lora[a], compensated(teacher.lora[a], moments[layer], columns))
+
+        def lost(values, layer=layer, columns=columns, a=a):
+            rest = teacher.lora[a].clone()
+            rest[:, columns] -= values
+            return float(((rest @ moments[layer].double()) * rest).sum())
+
+        assert lost(adapter.lora[a]) < 0.9 * lost(sliced.lora[a])
+    alone, _ = inherit(model, teacher, lora="fresh", origin=origin)  # nothing to fit
+    assert alone.lora.keys() == adapter.lora.keys()

@@ -17,8 +17,8 @@ from calora.models.anatomy import linear_layers
 from calora.models.families import family_of
 from calora.models.loading import load_model
 from calora.models.tasks import Example
-from calora.recovery.bypass import RecoveryBypass, activate, attach, recovery_state
-from calora.recovery.warmstart import best_linear_correction, linear_as_bypass
+from calora.recovery.bypass import ACTIVATIONS, RecoveryBypass, activate, attach, recovery_state
+from calora.recovery.warmstart import best_linear_correction, correction_rank, linear_as_bypass
 
 
 def test_zero_bypass_is_an_exact_no_op_beside_dense_and_packed_layers():
@@ -94,6 +94,27 @@ def test_correction_of_a_singular_moment_is_finite():
     x = torch.randn(3, 12)  # fewer tokens than inputs
     p, q = best_linear_correction(torch.randn(20, 12), x.T @ x, 4)
     assert bool(p.isfinite().all() and q.isfinite().all())
+
+
+def test_no_warm_start_where_the_activation_does_not_split(monkeypatch):
+    monkeypatch.setitem(ACTIVATIONS, "tanh", torch.tanh)
+    monkeypatch.setitem(ACTIVATIONS, "linear too", lambda z: 1 * z)
+    with pytest.raises(CaloraError, match=r"sigma\(z\) - sigma\(-z\) = z .*found tanh"):
+        correction_rank(4, "tanh")
+    with pytest.raises(CaloraError, match="tanh"):
+        linear_as_bypass(torch.ones(4, 2), torch.ones(2, 4), "tanh", 4)
+    assert correction_rank(3, "linear too") == 3
+    with pytest.raises(CaloraError, match="even"):
+        correction_rank(3, "silu")
+    with pytest.raises(CaloraError, match="a correction of rank 2"):
+        linear_as_bypass(torch.ones(4, 3), torch.ones(3, 4), "gelu", 4)
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
+def test_the_moment_is_read_only(shape):
+    error, moment = torch.randn(shape, dtype=torch.float64), torch.eye(shape[1], dtype=torch.float64)
+    best_linear_correction(error, moment, 2)
+    assert torch.equal(moment, torch.eye(shape[1], dtype=torch.float64))
 
 
 @pytest.mark.parametrize(("rank", "activation"), [(0, "gelu"), (13, "gelu"), (4, "tanh")])

@@ -151,7 +151,7 @@ def test_zero_bypass_starts_at_the_inherited_lora(project, tmp_path):
     adapter = read_adapter(project / "models/inherited/toy/q8_up/calora")
     adapter.recovery = {k: v * 0 if k.endswith(".up") else v for k, v in adapter.recovery.items()}
     write_adapter(tmp_path / "zero", adapter, "base", "", torch.bfloat16)
-    plain = Adapter(adapter.config, adapter.lora, {}, {**adapter.meta, "recovery": False})
+    plain = Adapter(adapter.config, adapter.lora, {}, dict(adapter.meta))
     write_adapter(tmp_path / "plain", plain, "base", "", torch.bfloat16)
     model = calora.load(project / "models/compressed/q8_up")
     outputs = []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from peft import LoraConfig
 
 from calora.errors import CaloraError
 
-PLAIN_STARTS = ("true", "false", "gaussian", "eva", "orthogonal", "mica")  # they leave the base as it is
+PLAIN_STARTS = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")  # they leave the base as it is
 CONVERT = (
     "convert it with PEFT: model.save_pretrained(folder, path_initial_model_for_weight_conversion=<folder of the "
     "adapter before its training>)"
@@ -41,43 +43,56 @@ FIELDS = (
 )  # fmt: skip
 
 
-def plain_lora(path: Path, config: Mapping[str, Any]) -> LoraConfig:
+def plain_lora(path: Path, config: Mapping[str, Any], starts: Collection[str] = PLAIN_STARTS) -> LoraConfig:
     """What an adapter_config.json says of a plain LoRA; dropout and start, which are for training, are left out.
 
     A trained classification head (task_type SEQ_CLS) may be there. `bias` may be anything: it shows in the tensors.
+
+    Args:
+        path: of the file, for messages.
+        starts: the values of init_lora_weights, in small letters, that whoever asks can handle.
 
     Raises:
         CaloraError: the file asks for something else, or an entry is of the wrong kind.
     """
     if config.get("peft_type") != "LORA":
         raise CaloraError(path, "peft_type LORA", config.get("peft_type"), "name a LoRA adapter")
-    refuse_start(path, config.get("init_lora_weights", True))
+    if str(config.get("init_lora_weights", True)).lower() not in starts:
+        raise _refused_start(path, config["init_lora_weights"])
     for key, (name, fix) in FEATURES.items():
         if config.get(key) and not (key == "modules_to_save" and config.get("task_type") == "SEQ_CLS"):
             raise refused(path, name, f"{key}: {config[key]!r:.60}", fix)
-    fields = {key: config[key] for key in FIELDS if config.get(key) is not None}
-    for key in ("r", "lora_alpha"):
-        value = fields.setdefault(key, 8)  # PEFT's own
-        if isinstance(value, bool) or not isinstance(value, int | float) or (key == "r" and value < 1):
-            raise CaloraError(path, f"a number '{key}'", repr(value), "name a folder that PEFT wrote")
-    for key in ("rank_pattern", "alpha_pattern"):
-        pattern = fields.setdefault(key, {})
-        if not isinstance(pattern, dict) or not all(isinstance(value, int | float) for value in pattern.values()):
-            raise CaloraError(path, f"numbers by name in '{key}'", f"{pattern!r:.60}", "name a folder that PEFT wrote")
+    fields: dict[str, Any] = {"r": 8, "lora_alpha": 8, "rank_pattern": {}, "alpha_pattern": {}}  # PEFT's own
+    fields |= {key: config[key] for key in FIELDS if config.get(key) is not None}
+    _check_numbers(path, fields)
     try:
         return LoraConfig(**fields)
     except (TypeError, ValueError) as error:
         raise CaloraError(path, "a configuration that PEFT can read", error, "name a folder that PEFT wrote") from None
 
 
-def refuse_start(path: Path, start: object) -> None:
-    """Raise `CaloraError` if the adapter's weights count from a base that its start had changed."""
-    name = str(start).lower()
-    if name in PLAIN_STARTS:
-        return
-    known = next((STARTS[key] for key in STARTS if name.startswith(key)), f"the start {start!r}")
-    fix = PLAIN if known in ("LoftQ", f"the start {start!r}") else CONVERT
-    raise refused(path, f"{known}, which counts from a base that it has changed", f"init_lora_weights: {start!r}", fix)
+def _check_numbers(path: Path, fields: Mapping[str, Any]) -> None:
+    """Raise `CaloraError` unless ranks are whole numbers above 0, alphas finite ones, and patterns regular expressions."""
+    fix = "name a folder that PEFT wrote"
+    for name, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        if not isinstance(fields[pattern], dict):
+            raise CaloraError(path, f"numbers by name in '{pattern}'", f"{fields[pattern]!r:.60}", fix)
+        for key, value in {name: fields[name], **fields[pattern]}.items():
+            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            if not number or (name == "r" and (value < 1 or value != int(value))):
+                raise CaloraError(path, f"a number for '{key}'", repr(value), fix)
+        for key in fields[pattern]:
+            try:
+                re.compile(key)
+            except re.error as error:
+                raise CaloraError(path, f"a regular expression in '{pattern}'", f"{key}: {error}", fix) from None
+
+
+def _refused_start(path: Path, start: object) -> CaloraError:
+    """One line for an adapter whose weights count from a base that its start had changed."""
+    name = next((STARTS[key] for key in STARTS if str(start).lower().startswith(key)), f"the start {start!r}")
+    fix = CONVERT if name in ("PiSSA", "OLoRA", "CorDA", "LoRA-GA") else PLAIN
+    return refused(path, f"{name}, which counts from a base that it has changed", f"init_lora_weights: {start!r}", fix)
 
 
 def refused(path: Path, name: str, found: str, fix: str) -> CaloraError:

@@ -16,6 +16,7 @@ from calora.adapters.features import plain_lora
 from calora.adapters.lora import PREFIX, Adapter
 from calora.adapters.prompts import task_of
 from calora.common.artifacts import (
+    check_tensors,
     read_json,
     read_tensors,
     sha256,
@@ -124,6 +125,8 @@ def read_adapter(directory: Path) -> Adapter:
     about = read_json(directory / META, FIX)
     _check_about(directory / META, about)
     for name in _files(about):
+        if name.endswith(".safetensors"):
+            check_tensors(directory / name, FIX)  # a file that was cut short has a clearer message than its hash
         found = sha256(directory / name) if (directory / name).exists() else "no such file"
         if found != about["sha256"][name]:
             raise CaloraError(directory / name, f"SHA-256 {about['sha256'][name]}", found, f"it was edited: {FIX}")

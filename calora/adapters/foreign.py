@@ -14,15 +14,26 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from calora.adapters.features import FEATURES, MERGE, PLAIN, plain_lora, refused
+from calora.adapters.features import FEATURES, MERGE, PLAIN, PLAIN_STARTS, plain_lora, refused
 from calora.adapters.folder import CONFIG, FIX, LORA
-from calora.adapters.lora import OWN_BASE, PREFIX, Adapter, check_lora, lora_rank, lora_scale, plain_config
+from calora.adapters.lora import (
+    OWN_BASE,
+    PREFIX,
+    Adapter,
+    check_lora,
+    inject,
+    lora_rank,
+    lora_scale,
+    lora_state,
+    plain_config,
+)
 from calora.common.artifacts import read_json, read_tensors
 from calora.errors import CaloraError
 from calora.models.anatomy import linear_layers
 
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # torch.compile's, FSDP's
 FACTOR = re.compile(r"(?P<path>.+)\.(?P<factor>lora_[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
+REPEATABLE = ("pissa", "olora")  # starts that are a function of the base's weights alone
 PARTS = {  # of a tensor's name -> key of FEATURES
     ".lora_magnitude_vector": "use_dora",
     ".lora_B.bias": "lora_bias",
@@ -35,7 +46,8 @@ PARTS = {  # of a tensor's name -> key of FEATURES
 def import_lora(directory: Path, model: PreTrainedModel) -> Adapter:
     """Read a PEFT folder for the base `model`; every layer is then named, with its rank and its scale, explicitly.
 
-    What is for training only (dropout, the start of A and B) is left out. The names of the tensors may lack PEFT's
+    What is for training only (dropout, the start of A and B) is left out. A start that changes the base (PiSSA, OLoRA)
+    is added to the LoRA, exactly and at twice the rank. The names of the tensors may lack PEFT's
     prefix, or hold those of torch.compile, FSDP, DeepSpeed or of one adapter, as long as each fits one layer.
 
     Args:
@@ -44,23 +56,48 @@ def import_lora(directory: Path, model: PreTrainedModel) -> Adapter:
     Raises:
         CaloraError: a file is missing or broken, the adapter is more than a plain LoRA, or it is of another base.
     """
-    path = directory / CONFIG
-    config = plain_lora(path, read_json(path, FIX))
+    path, weights = directory / CONFIG, directory / LORA
+    raw, tensors = read_json(path, FIX), read_tensors(weights, FIX)
+    _check_vocabulary(weights, tensors, model)
+    config = plain_lora(path, raw, (*PLAIN_STARTS, *REPEATABLE))
     if config.modules_to_save:
         raise refused(path, FEATURES["modules_to_save"][0], f"modules_to_save: {config.modules_to_save}", MERGE)
-    layers = linear_layers(model)
-    wanted = _targeted(path, model, config)
-    adapter = Adapter(config, _by_layer(directory / LORA, read_tensors(directory / LORA, FIX), model))
-    _check_values(directory / LORA, adapter.lora)
-    check_lora(directory / LORA, adapter, layers)
+    layers, wanted = linear_layers(model), _targeted(path, model, config)
+    adapter = Adapter(config, _by_layer(weights, tensors, model))
+    _check_values(weights, adapter.lora)
+    check_lora(weights, adapter, layers)
     have = set(adapter.lora_layers)
     for expected, found in ((wanted, have), (have, wanted)):
         for layer in sorted(expected - found):
             what = "no tensors of it" if expected is wanted else "tensors of a layer that target_modules does not name"
-            raise CaloraError(f"{directory / LORA}, layer {layer}", "the layers of target_modules", what, FIX)
+            raise CaloraError(f"{weights}, layer {layer}", "the layers of target_modules", what, FIX)
     ranks = {layer: lora_rank(config, layer) for layer in have}
     scales = {layer: lora_scale(config, layer) for layer in have}
+    start = str(raw.get("init_lora_weights")).lower()
+    if start in REPEATABLE:
+        for layer in have:
+            adapter.lora |= _from_the_base(adapter.lora, layer, layers[layer], ranks[layer], scales[layer], start)
+        ranks = {layer: 2 * rank for layer, rank in ranks.items()}
     return Adapter(plain_config(ranks, scales, layers), dict(sorted(adapter.lora.items())))
+
+
+def _from_the_base(
+    lora: Mapping[str, Tensor], layer: str, module: nn.Linear, rank: int, scale: float, start: str
+) -> dict[str, Tensor]:
+    """A LoRA that counts from W - s B0 A0 as one that counts from W: s (B A - B0 A0) = s [B, -B0] [A; A0], exactly.
+
+    B0 A0 is what the start takes from W, which PEFT finds again for a copy of the layer.
+    """
+    copied = nn.ModuleDict({"copy": nn.Linear(module.in_features, module.out_features, bias=False)})
+    copied["copy"].weight = nn.Parameter(module.weight.detach().float().clone())
+    options: dict[str, Any] = {"r": rank, "lora_alpha": scale * rank, "init_lora_weights": start}
+    inject(copied, LoraConfig(target_modules=["copy"], **options))
+    first = lora_state(copied)
+    a, b = (lora[f"{layer}.lora_{side}.weight"].float() for side in "AB")
+    return {
+        f"{layer}.lora_A.weight": torch.cat([a, first["copy.lora_A.weight"]]),
+        f"{layer}.lora_B.weight": torch.cat([b, -first["copy.lora_B.weight"]], dim=1),
+    }
 
 
 def targeted(model: PreTrainedModel, config: LoraConfig) -> set[str]:
@@ -156,14 +193,30 @@ def _refuse_tensor(path: Path, key: str, tensor: Tensor, model: PreTrainedModel)
         table = model.get_submodule(_module(path, owner, [name for name, _ in model.named_modules() if name]))
     except CaloraError:
         raise CaloraError(path, "LoRA factors of the base's layers alone", key, OWN_BASE) from None
-    own = getattr(table, "weight", None)
-    if own is None or not isinstance(table, nn.Embedding | nn.Linear):
+    own: Any = getattr(table, "weight", None)
+    same = isinstance(table, nn.Embedding | nn.Linear) and own is not None and tensor.shape == own.shape
+    if not same or not torch.equal(tensor.to(own.dtype), own.detach().cpu()):
         raise refused(path, FEATURES["modules_to_save"][0], key, MERGE)
-    if tensor.ndim == 2 and tensor.shape[1] == own.shape[1] and tensor.shape[0] != own.shape[0]:
-        fix = "name the base with those tokens: model.resize_token_embeddings(n), merge_and_unload, save_pretrained"
-        raise CaloraError(f"{path}, {key}", f"{own.shape[0]} tokens, the base's", f"{tensor.shape[0]} tokens", fix)
-    if tensor.shape != own.shape or not torch.equal(tensor.to(own.dtype), own.detach().cpu()):
-        raise refused(path, FEATURES["modules_to_save"][0], key, MERGE)
+
+
+def _check_vocabulary(path: Path, tensors: Mapping[str, Tensor], model: PreTrainedModel) -> None:
+    """Raise `CaloraError` if a tensor has rows for another number of tokens than the base."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    named = model.named_modules(remove_duplicate=False)
+    tables: dict[str, Any] = {name.rpartition(".")[2]: module for name, module in named if module in ends}
+    for key, tensor in sorted(tensors.items()):
+        parts = key.split(".")
+        owner = next((part for part in parts if part in tables), None)
+        if (
+            owner is None
+            or tensor.ndim != 2
+            or any(part in key for part in (".lora_A", ".lora_embedding_B", ".trainable_tokens", ".token_adapter"))
+        ):
+            continue
+        own, tokens = len(tables[owner].weight), tensor.shape[1 if ".lora_embedding_A" in key else 0]
+        if tokens != own:
+            fix = "name the base with those tokens: model.resize_token_embeddings(n), then save_pretrained(folder)"
+            raise CaloraError(f"{path}, {key}", f"{own} tokens, the base's", f"{tokens} tokens", fix)
 
 
 def _check_values(path: Path, lora: Mapping[str, Tensor]) -> None:
