@@ -124,7 +124,8 @@ def _targeted(path: Path, model: PreTrainedModel, config: LoraConfig) -> set[str
     try:
         found = targeted(model, config)
     except (ValueError, TypeError, re.error) as error:
-        raise CaloraError(path, "target_modules that PEFT can read", error, "name a folder that PEFT wrote") from None
+        wrong = " ".join(str(error).split())
+        raise CaloraError(path, "target_modules that PEFT can read", wrong, "name a folder that PEFT wrote") from None
     layers, tables = linear_layers(model), _tables(model)
     for name in sorted(found - layers.keys()):
         if name in tables:
