@@ -68,7 +68,8 @@ def plain_lora(path: Path, config: Mapping[str, Any], starts: Collection[str] = 
     try:
         return LoraConfig(**fields)
     except (TypeError, ValueError) as error:
-        raise CaloraError(path, "a configuration that PEFT can read", error, "name a folder that PEFT wrote") from None
+        found = " ".join(str(error).split())
+        raise CaloraError(path, "a configuration that PEFT can read", found, "name a folder that PEFT wrote") from None
 
 
 def _check_numbers(path: Path, fields: Mapping[str, Any]) -> None:

@@ -46,9 +46,9 @@ PARTS = {  # of a tensor's name -> key of FEATURES
 def import_lora(directory: Path, model: PreTrainedModel) -> Adapter:
     """Read a PEFT folder for the base `model`; every layer is then named, with its rank and its scale, explicitly.
 
-    What is for training only (dropout, the start of A and B) is left out. A start that changes the base (PiSSA, OLoRA)
-    is added to the LoRA, exactly and at twice the rank. The names of the tensors may lack PEFT's
-    prefix, or hold those of torch.compile, FSDP, DeepSpeed or of one adapter, as long as each fits one layer.
+    What is for training only (dropout, the start of A and B) is left out. What PiSSA and OLoRA take from the base at
+    their start is added to the LoRA, exactly, at twice the rank. The names of the tensors may lack PEFT's prefix, or
+    hold those of torch.compile, FSDP, DeepSpeed or of one adapter, as long as each fits one layer.
 
     Args:
         model: the uncompressed base; it is only looked at.
@@ -105,16 +105,16 @@ def targeted(model: PreTrainedModel, config: LoraConfig) -> set[str]:
     targets: Any = config.target_modules
     if targets is None:
         targets = LoraModel.target_module_mapping.get(model.config.model_type)
-    layers = linear_layers(model)
-    everything = isinstance(targets, str) and targets.lower() == "all-linear"
+    if targets is None:
+        return set()
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        targets = list(linear_layers(model))
     own = LoraConfig(
-        target_modules=list(layers) if everything or targets is None else targets,
+        target_modules=targets,
         exclude_modules=config.exclude_modules,
         layers_to_transform=config.layers_to_transform,
         layers_pattern=config.layers_pattern,
     )
-    if targets is None:
-        return set()
     names = {name.replace(".base_layer", "") for name, _ in model.named_modules() if name and ".lora_" not in name}
     return {name for name in names if check_target_module_exists(own, name)}
 
@@ -124,12 +124,13 @@ def _targeted(path: Path, model: PreTrainedModel, config: LoraConfig) -> set[str
     try:
         found = targeted(model, config)
     except (ValueError, TypeError, re.error) as error:
-        raise CaloraError(path, "target_modules that PEFT can read", error, "name a folder that PEFT wrote") from None
+        wrong = " ".join(str(error).split())
+        raise CaloraError(path, "target_modules that PEFT can read", wrong, "name a folder that PEFT wrote") from None
     layers, tables = linear_layers(model), _tables(model)
     for name in sorted(found - layers.keys()):
         if name in tables:
             raise refused(path, f"LoRA on {tables[name]}", f"target_modules: {name}", MERGE)
-        raise CaloraError(path, "target_modules that are linear layers of the base", name, OWN_BASE)
+        raise CaloraError(path, "target_modules that are linear layers of the base", name, "train a LoRA on those")
     if not found:
         known = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
         raise CaloraError(path, f"target_modules among {known}", config.target_modules, OWN_BASE)
