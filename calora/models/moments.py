@@ -45,7 +45,7 @@ def _accumulate(
     title: str,
 ) -> dict[str, Tensor]:
     if not examples:
-        raise CaloraError("calibration", "at least one text", "none", "raise compress.calibration.texts")
+        raise CaloraError("calibration", "at least one text", "none", "give some")
     sums: dict[str, Tensor] = {}
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
