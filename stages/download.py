@@ -54,6 +54,8 @@ def main(params: Params, name: str) -> None:
 def copy_adapter(where: str, imported: Imported, target: Path) -> None:
     """The user's adapter, weights and configuration alone: what `teacher` takes follows from its content."""
     folder = own_path(imported.path, where)
+    if not folder.is_dir():
+        raise CaloraError(where, "a folder that PEFT wrote", f"a file, {folder}", "name its folder")
     target.mkdir()
     read_json(folder / "adapter_config.json", "name a folder that PEFT wrote")
     check_tensors(folder / "adapter_model.safetensors", "name a folder that PEFT wrote")

@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,6 @@ from calora.models.tasks import Task, positions
 from stages import download
 from stages.config import load_params
 from tests.conftest import ROOT, TASK, change
-from tests.test_dvc import dvc, ran
 
 SPLITS = ("train", "validation", "test")
 
@@ -60,6 +61,10 @@ def jsonl(*rows):
 def got(split="test"):
     """text -> label or answer, as the download stage wrote them."""
     download.main(load_params(), "toy")
+    return stored(split)
+
+
+def stored(split):
     rows = [json.loads(line) for line in Path(f"data/toy/{split}.jsonl").read_text().splitlines()]
     return {row["text"]: row.get("label", row.get("answer")) for row in rows}
 
@@ -301,39 +306,51 @@ def test_an_imported_adapter_is_copied_by_content(folder):
     change(folder, "teacher.adapters", {"toy": {"path": "elsewhere/lora"}})
     refused("teacher.adapters.toy: expected a path inside own/")
     change(folder, "teacher.adapters", {"toy": {"path": "own/train.jsonl"}})
-    refused("adapter")
+    refused("teacher.adapters.toy: expected a folder")
     Path("own/lora/adapter_model.safetensors").rename("own/lora/adapter_model.bin")
     change(folder, "teacher.adapters", {"toy": {"path": "own/lora"}})
     refused("only pickles")
 
 
-def test_dvc_notices_what_the_user_edits(folder, tmp_path_factory):
+def test_dvc_notices_what_the_user_edits(folder, tmp_path_factory, monkeypatch):
+    from dvc.repo import Repo
+
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     for name in ("calora", "stages"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        (folder / name).symlink_to(ROOT / name)
     shutil.copy(ROOT / "dvc.yaml", folder)
     jsonl({"text": "a {split}", "label": 1}, {"text": "b {split}", "label": 0})
     linked = tmp_path_factory.mktemp("elsewhere") / "train.jsonl"
     Path("own/train.jsonl").rename(linked)
     Path("own/train.jsonl").symlink_to(linked)
-    adapter(Path("own/lora"))
+    lora = adapter(Path("own/lora"))
+    config, weights = lora / "adapter_config.json", lora / "adapter_model.safetensors"
     change(folder, "teacher.adapters", {"toy": {"path": "own/lora"}})
-    dvc(folder, "init", "-q", "--no-scm")
-    for edit in (
-        lambda: None,
-        lambda: linked.write_text(linked.read_text().replace("1}", "2}").replace("0}", "1}").replace("2}", "0}")),
-        lambda: write_json(Path("own/lora/adapter_config.json"), {"peft_type": "LORA", "r": 2, "lora_alpha": 16}),
-        lambda: write_tensors(Path("own/lora/adapter_model.safetensors"), {"a": torch.zeros(2, 2)}),
-    ):
-        before = fingerprints()
+    Repo.init(no_scm=True)
+
+    with Repo() as repo:
+        assert [stage.name for stage in repo.reproduce("download@toy")] == ["download@toy"]
+        assert not repo.status("download@toy")
+    edits = {
+        linked: lambda: linked.write_text(linked.read_text().translate(str.maketrans("01", "10"))),
+        config: lambda: write_json(config, {"peft_type": "LORA", "r": 2, "lora_alpha": 16}),
+        weights: lambda: write_tensors(weights, {"a": torch.zeros(2, 2)}),
+    }
+    for file, edit in edits.items():
+        before = file.read_bytes()
         edit()
-        assert ran(dvc(folder, "repro", "download@toy")) == {"download@toy"}
-        assert fingerprints() != before
-    assert ran(dvc(folder, "repro", "download@toy")) == set()
-    assert read_json(folder / "data/toy/adapter/adapter_config.json", "")["lora_alpha"] == 16
-
-
-def fingerprints():
-    return {str(file): file.read_bytes() for file in Path("data/toy").rglob("*") if file.is_file()}
+        with Repo() as repo:
+            assert "download@toy" in repo.status("download@toy"), file
+        file.write_bytes(before)
+        with Repo() as repo:
+            assert not repo.status("download@toy"), file
+    for edit in edits.values():
+        edit()
+    with Repo() as repo:
+        assert [stage.name for stage in repo.reproduce("download@toy")] == ["download@toy"]
+    assert stored("train") == {"a train": 0, "b train": 1}
+    assert read_json(Path("data/toy/adapter/adapter_config.json"), "")["lora_alpha"] == 16
+    assert fingerprint(Path("data/toy/adapter")) == fingerprint(Path("own/lora"))
 
 
 @pytest.mark.parametrize(
