@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from stages.baseline import config_of
 
 from calora.adapters.folder import read_adapter
 from calora.adapters.lora import lora_config
@@ -22,7 +23,6 @@ from calora.distillation.targets import Target, Targets
 from calora.distillation.training import Schedule
 from calora.models.loading import load_model, load_tokenizer
 from calora.models.tasks import Example, encode_all
-from stages.baseline import config_of
 from stages.common import BASE, adapter, compressed, targets
 from stages.config import load_params
 from stages.distill import weights

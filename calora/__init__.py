@@ -13,12 +13,14 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "Bypass": "calora.inheritance.inherit",
     "CaloraError": "calora.errors",
     "RecoveryBypass": "calora.recovery.bypass",
     "Task": "calora.models.tasks",
     "compress": "calora.compression",
     "distill": "calora.distillation.distill",
     "fold": "calora.adapters.fold",
+    "import_lora": "calora.adapters.foreign",
     "inherit": "calora.inheritance.inherit",
     "load": "calora.compressed",
     "save": "calora.saving",

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import init_empty_weights
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from calora.adapters.folder import read_adapter
-from calora.adapters.lora import attach_adapter, set_active
+from calora.adapters.lora import attach_adapter, detach_adapter, set_active
 from calora.adapters.origin import Origin
+from calora.adapters.prompts import task_of
 from calora.common.artifacts import check_tensors, fingerprint, read_json, read_tensors, stored_tensors
 from calora.errors import CaloraError
 from calora.evaluation.predict import predict
@@ -21,7 +22,8 @@ from calora.models.loading import load_tokenizer, model_class
 from calora.models.tasks import Task, encode_all
 from calora.saving import KEPT, REPORT, VERSION, WEIGHTS
 
-MADE_BY = "run `dvc repro` to make the compressed model"
+GENERATION = "generation_config.json"
+FIX = "make the compressed model again, or name another folder"
 
 
 class Compressed(OneToken, PreTrainedModel):
@@ -33,26 +35,40 @@ class Compressed(OneToken, PreTrainedModel):
     calora_tasks: dict[str, Task]
 
     def load_adapter(self, path: str | Path, name: str) -> None:  # type: ignore[override]  # transformers' knows no bypass
-        """Load a CA-LoRA adapter folder under `name`; the first one loaded becomes active.
+        """Load a CA-LoRA adapter folder under `name`; one that is loaded where there is none becomes active.
 
         Raises:
-            CaloraError: the folder is not an adapter, or it was made for another compressed base.
+            CaloraError: the name is taken, the folder is not an adapter, or it was made for another compressed base;
+                the model is as it was before.
         """
+        if name in self.calora_tasks:
+            raise CaloraError(
+                "load_adapter", "a name that is free", f"{name!r}, which is taken", "unload_adapter it first"
+            )
         adapter = read_adapter(Path(path))
-        made_for = adapter.meta["compressed_fingerprint"]
+        made_for, task = adapter.meta["compressed_fingerprint"], task_of(path, adapter.meta["task"])
         if made_for != self.calora_fingerprint:
             raise CaloraError(
                 f"adapter {path}",
                 f"the compressed base that it was made for, {made_for}",
                 f"the loaded base {self.calora_fingerprint}",
-                "load that base, or run the pipeline for this one",
+                "load that base, or make an adapter for this one",
             )
-        attach_adapter(self, adapter, name)
-        self.calora_tasks[name] = Task.from_json(adapter.meta["task"])
-        if len(self.calora_tasks) == 1:
-            self.set_adapter(name)
-        else:
+        try:
+            attach_adapter(self, adapter, name)
+        except BaseException:
             set_active(self, self.calora_active)
+            raise
+        self.calora_tasks[name] = task
+        self.set_adapter(name if len(self.calora_tasks) == 1 else self.calora_active)
+
+    def unload_adapter(self, name: str) -> None:
+        """Take the adapter `name` off; if it was active, none is then."""
+        if name not in self.calora_tasks:
+            raise CaloraError("unload_adapter", f"one of {sorted(self.calora_tasks)}", name, "name one that is loaded")
+        detach_adapter(self, name)
+        del self.calora_tasks[name]
+        self.set_adapter(None if self.calora_active == name else self.calora_active)
 
     def set_adapter(self, name: str | None) -> None:  # type: ignore[override]
         """Switch to the adapter `name` (its LoRA and its bypass); None uses the compressed model alone."""
@@ -86,16 +102,14 @@ def load(path: str | Path, dense: bool = False, attention: str = "sdpa", device:
         CaloraError: a file is missing, truncated, or not the one that compression.json describes.
     """
     directory = Path(path)
-    report = read_json(directory / REPORT, MADE_BY)
+    report = read_json(directory / REPORT, FIX)
     if report.get("version") != VERSION:
         found = f"version {report.get('version', 1)}"
-        raise CaloraError(directory / REPORT, f"version {VERSION}", found, f"another calora wrote it: {MADE_BY}")
-    check_tensors(directory / WEIGHTS, MADE_BY)
+        raise CaloraError(directory / REPORT, f"version {VERSION}", found, f"another calora wrote it: {FIX}")
+    check_tensors(directory / WEIGHTS, FIX)
     found = fingerprint(directory)
     if found != report["fingerprint"]:
-        raise CaloraError(
-            directory / WEIGHTS, f"fingerprint {report['fingerprint']}", found, f"it was edited: {MADE_BY}"
-        )
+        raise CaloraError(directory / WEIGHTS, f"fingerprint {report['fingerprint']}", found, f"it was edited: {FIX}")
     config = AutoConfig.from_pretrained(directory, local_files_only=True)
     config._attn_implementation = attention
     if hasattr(config, "quantization_config"):
@@ -109,11 +123,23 @@ def load(path: str | Path, dense: bool = False, attention: str = "sdpa", device:
         model.tie_weights()
     empty = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     if empty:
-        raise CaloraError(directory / WEIGHTS, f"a tensor {empty[0]}", "none", MADE_BY)
+        raise CaloraError(directory / WEIGHTS, f"a tensor {empty[0]}", "none", FIX)
     model.__class__ = type(f"Compressed{cls.__name__}", (Compressed, cls), {})
     model.calora_fingerprint, model.calora_tasks = found, {}
-    kept = read_tensors(directory / KEPT, MADE_BY) if (directory / KEPT).exists() else {}
+    kept = read_tensors(directory / KEPT, FIX) if (directory / KEPT).exists() else {}
     model.calora_origin = Origin(kept, report["layers_kept"])
     model.calora_tokenizer = load_tokenizer(directory)
+    if (directory / GENERATION).exists():
+        model.generation_config = _generation(directory)
     loaded: Compressed = model.to(device).eval().requires_grad_(False)
     return loaded
+
+
+def _generation(directory: Path) -> GenerationConfig:
+    """What the base's publisher set for generation: its end tokens, for example."""
+    try:
+        read: GenerationConfig = GenerationConfig.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        found = " ".join(str(error).split())
+        raise CaloraError(directory / GENERATION, "generation settings of transformers", found, FIX) from None
+    return read

@@ -153,7 +153,7 @@ def add_settings(command: argparse.ArgumentParser) -> None:
     for name, field in Settings.model_fields.items():
         if name == "other":
             continue
-        option, several = f"--{name.replace('_', '-')}", name in ("tasks", "recipes")
+        option, several = f"--{name.replace('_', '-')}", name in ("tasks", "recipes", "methods")
         command.add_argument(option, nargs="+" if several else None, help=field.description)
     command.add_argument(
         "--set", nargs="+", default=[], metavar="KEY=VALUE", help="any other key of params.yaml, such as train.lr=0.002"

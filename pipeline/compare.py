@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.markdown import Markdown
@@ -14,6 +15,7 @@ from calora.common.artifacts import write_text
 from pipeline.experiment import Experiment, differing, read_experiment
 from pipeline.page import page
 from pipeline.seeds import over_seeds
+from stages.tables import short
 
 REPORT = Path("results/report.html")
 WIDE = 160  # columns where the output is no terminal
@@ -33,21 +35,28 @@ def compare(root: Path, names: Sequence[str]) -> Path:
 
 
 def overview(experiments: dict[str, Experiment]) -> Table:
-    """A line for each experiment, task and recipe: accuracies, what CA-LoRA gains, and the parameters that differ."""
+    """A line for each experiment, task and recipe: the methods' accuracies, what ours gains, and the parameters that differ."""
+    params = list(next(iter(experiments.values())).params)
+    rows = [
+        (name, task, recipe, found.metrics, one.params)
+        for name, one in experiments.items()
+        for task, recipes in one.found.items()
+        for recipe, found in recipes.items()
+    ]
+    methods = [
+        key
+        for key in dict.fromkeys(key for *_, metrics, _ in rows for key in metrics["methods"])
+        if key == "llm_lora" or key.startswith("clm_")
+    ]
     table = Table(box=None, header_style="bold", pad_edge=False)
-    keys = list(next(iter(experiments.values())).params)
-    for column in ("experiment", "task", "recipe", "LLM+LoRA", "inherited", "LoRA", "CA-LoRA", "gain", "MB", *keys):
-        side = "left" if column in ("experiment", "task", "recipe", *keys) else "right"
+    heads = [short(key) for key in methods]
+    for column in ("experiment", "task", "recipe", *heads, "gain", "MB", *params):
+        side: Literal["left", "right"] = "left" if column in ("experiment", "task", "recipe", *params) else "right"
         table.add_column(column, justify=side, overflow="fold", no_wrap=column == "experiment")
-    for name, one in experiments.items():
-        for task, recipes in one.found.items():
-            for recipe, found in recipes.items():
-                methods, gain = found.metrics["methods"], found.metrics["difference"]["value"]
-                scores = [
-                    f"{methods[m]['accuracy']:.3f}" for m in ("llm_lora", "clm_inherited", "clm_lora", "clm_calora")
-                ]
-                size = f"{methods['clm_calora']['bytes_on_disk'] / 1e6:.1f}"
-                table.add_row(
-                    name, task, recipe, *scores, f"{gain:+.3f}", size, *(str(one.params[key]) for key in keys)
-                )
+    for name, task, recipe, metrics, values in rows:
+        found = metrics["methods"]
+        scores = [f"{found[key]['accuracy']:.3f}" if key in found else "" for key in methods]
+        gain = f"{metrics['difference']['value']:+.3f}" if "difference" in metrics else ""
+        size = f"{found[metrics['ours']]['bytes_on_disk'] / 1e6:.1f}" if metrics["ours"] in found else ""
+        table.add_row(name, task, recipe, *scores, gain, size, *(str(values[key]) for key in params))
     return table

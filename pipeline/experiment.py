@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from calora.errors import CaloraError
+from pipeline.checkout import commit_of, experiments
 
 WORKSPACE = "workspace"
 
@@ -27,10 +28,11 @@ class Found:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A run: task -> recipe -> what it found, and the parameters that tell it from the others."""
+    """A run: task -> recipe -> what it found, the parameters that tell it from the others, and the commit that it began at."""
 
     found: Mapping[str, Mapping[str, Found]]
     params: Mapping[str, Any] = field(default_factory=dict)
+    commit: str = ""
 
 
 def files_of(root: Path, name: str) -> Callable[[str], str]:
@@ -59,13 +61,22 @@ def read_experiment(root: Path, name: str) -> Experiment:
         told = str(error).strip().splitlines() or [type(error).__name__]
         fix = "choose one of `dvc exp list`, or run it again"
         raise CaloraError(f"experiment {name}", "its results", told[0], fix) from None
-    return Experiment(found, flat(params))
+    return Experiment(found, flat(params), begun_at(root, name))
+
+
+def begun_at(root: Path, name: str) -> str:
+    """The commit whose code a run was of: that of an experiment is part of its reference."""
+    if name == WORKSPACE:
+        return name
+    place = experiments(root).get(name)
+    return "".join(place.split("/")[2:4]) if place else commit_of(root, name)
 
 
 def _found(text: Callable[[str], str], place: str) -> Found:
     parts = ("metrics", "curves", "predictions")
     metrics, curves, answers = (json.loads(text(f"models/evaluated/{place}/{part}.json")) for part in parts)
-    errors = json.loads(text(f"models/inherited/{place}/inherit.json")).get("errors", {})
+    method = yaml.safe_load(text("params.yaml"))["evaluate"]["ours"]
+    errors = json.loads(text(f"models/inherited/{place}/{method}/inherit.json")).get("errors", {})
     return Found(metrics, curves, errors, {method: said["correct"] for method, said in answers.items()})
 
 
@@ -82,6 +93,5 @@ def differing(experiments: dict[str, Experiment]) -> dict[str, Experiment]:
     keys = {key for one in experiments.values() for key in one.params}
     differ = [key for key in sorted(keys) if len({repr(one.params.get(key)) for one in experiments.values()}) > 1]
     return {
-        name: Experiment(one.found, {key: one.params.get(key, "") for key in differ})
-        for name, one in experiments.items()
+        name: replace(one, params={key: one.params.get(key, "") for key in differ}) for name, one in experiments.items()
     }

@@ -52,6 +52,28 @@ def files_of(stage: str) -> list[str]:
     return sorted(seen, key=lambda file: (file != f"stages/{stage}.py", file))
 
 
+def keys_of(stage: str) -> set[str]:
+    """The keys of params.yaml that a stage reads, wherever in its files: each chain of attributes behind `params`."""
+    found: set[str] = set()
+    for file in files_of(stage):
+        if file.startswith("stages/"):
+            tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+            inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+            chains = (
+                chain_of(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute) and id(node) not in inner
+            )
+            found |= {".".join(chain[1:]) for chain in chains if chain[:1] == ["params"]}
+    return found
+
+
+def chain_of(node: ast.AST) -> list[str]:
+    """`a.b.c` as its names; empty where it does not begin with a name."""
+    if isinstance(node, ast.Name):
+        return [node.id]
+    above = chain_of(node.value) if isinstance(node, ast.Attribute) else []
+    return [*above, node.attr] if above and isinstance(node, ast.Attribute) else []
+
+
 def room_of(file: str) -> str:
     """The folder of a file inside a room of calora; any other file itself."""
     parts = file.split("/")

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from html import escape
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -14,10 +15,11 @@ from matplotlib.figure import Figure
 from pipeline.experiment import Experiment, Found
 from pipeline.seeds import over_seeds
 from stages import plots
+from stages.looks import BLACK
 from stages.tables import Table, of_methods, of_runs
 
 INK = "#010203"  # stands for the colour of the page's text, which a viewer's light or dark setting decides
-LOOK = {
+LOOK: dict[Any, Any] = {
     "svg.fonttype": "none", "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "savefig.transparent": True, "svg.hashsalt": "calora",
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color"), INK),
     "legend.facecolor": "none", "legend.edgecolor": INK, "legend.framealpha": 0,
@@ -77,11 +79,21 @@ def of_task(task: str, rows: Mapping[str, Found], alone: bool) -> Iterator[str]:
         told = "Each recipe: inherited LoRA to CA-LoRA."
         first = figure_html(partial(plots.recipes_against_bytes, metrics, task), told)
     else:
-        best = sorted(rows, key=lambda row: -metrics[row]["methods"]["clm_calora"]["accuracy"])
-        scores = {row: {m: metrics[row]["methods"][m] for m in ("clm_lora", "clm_calora")} for row in best}
+        scores = {row: compared(metrics[row]) for row in sorted(rows, key=lambda row: -best(metrics[row]))}
         first = figure_html(partial(plots.ranking, scores, task), "Each run, the best first, with 95 % intervals.")
     told = "Every method; the line is the best accuracy for the bytes."
     yield pair(first, figure_html(partial(plots.front, metrics, task), told))
+
+
+def compared(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The baseline and our method, those of the two that there are."""
+    return {key: metrics["methods"][key] for key in (metrics["baseline"], metrics["ours"]) if key in metrics["methods"]}
+
+
+def best(metrics: Mapping[str, Any]) -> float:
+    """The accuracy of our method; without it, the best of all."""
+    own = metrics["methods"].get(metrics["ours"])
+    return float(own["accuracy"] if own else max(m["accuracy"] for m in metrics["methods"].values()))
 
 
 def of_each(task: str, rows: Mapping[str, Found]) -> Iterator[str]:
@@ -92,7 +104,11 @@ def of_each(task: str, rows: Mapping[str, Found]) -> Iterator[str]:
         yield f"<section>{table_html(of_methods(row, found.metrics))}"
         yield pair(
             figure_html(partial(plots.accuracy_against_bytes, found.metrics, title), "Methods, 95 % intervals."),
-            figure_html(partial(plots.convergence, found.curves, title), "Validation accuracy while training."),
+            *(
+                [figure_html(partial(plots.convergence, found.curves, title), "Validation accuracy while training.")]
+                if found.curves
+                else []
+            ),
         )
         same = drawn.setdefault(repr(found.errors), row)
         if found.errors and same == row:
@@ -139,7 +155,7 @@ def figure_html(draw: Callable[[], Figure], caption: str) -> str:
     svg = re.sub(r"^.*?(?=<svg)", "", file.getvalue(), flags=re.S)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r">\s+<", "><", svg)
-    for ink in (INK, plots.BLACK, "#000000"):
+    for ink in (INK, BLACK, "#000000"):
         svg = svg.replace(ink, "currentColor")
     svg = svg.replace("<svg ", f'<svg role="img" aria-label="{escape(caption)}" ', 1)
     return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"

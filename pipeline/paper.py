@@ -11,65 +11,64 @@ from typing import Any
 import numpy as np
 
 from calora.common.artifacts import write_text
+from calora.evaluation.statistics import difference_over_seeds, mean_over_seeds
 from pipeline.experiment import files_of
-from pipeline.seeds import NOTE, score_of
-from pipeline.settings import KEYS
+from pipeline.seeds import NOTE, spelled
 from pipeline.sweep import sweep
 from stages import plots
+from stages.looks import key_of
 from stages.tables import Table, interval
 
-SWITCHES = {name: KEYS[name] for name in ("inherit", "recover", "distil")}
-METHOD = "clm_calora"
+Cell = tuple[bool, ...]
+PARTS = ("inherit", "recover", "distil")
+CELLS: dict[Cell, str] = {  # which of the three a method has
+    (False, False, False): "clm_lora_qk", (True, False, False): "only_inherit", (False, True, False): "only_recover",
+    (False, False, True): "only_distil", (False, True, True): "no_inherit", (True, False, True): "no_recover",
+    (True, True, False): "no_distil", (True, True, True): "calora",
+}  # fmt: skip
+Hits = Mapping[Cell, np.ndarray[Any, Any]]  # cell -> whether each item is right, [seeds, items]
 
 
 def ablation(root: Path, task: str, recipe: str, seeds: Sequence[int]) -> Path:
-    """Eight cells of inherit x recover x distil, each with some seeds; writes results/ablation-<task>-<recipe>.{md,png}."""
-    cells = list(itertools.product(itertools.product((False, True), repeat=len(SWITCHES)), seeds))
-    wanted = [
-        {"tasks": [task], "recipes": [recipe], "seed": seed, **dict(zip(SWITCHES.values(), on, strict=True))}
-        for on, seed in cells
-    ]
-    names = sweep(root, f"ablation-{task}-{recipe}", wanted, switches_of)
-    hits: dict[tuple[bool, ...], list[list[int]]] = {}
-    for (on, _), name in zip(cells, names, strict=True):
-        files = files_of(root, name)
-        answers = json.loads(files(f"models/evaluated/{task}/{recipe}/predictions.json"))
-        hits.setdefault(on, []).append(answers[METHOD]["correct"])
-    answered = {on: np.array(rows, float) for on, rows in hits.items()}
-    scores = {on: score_of(rows) for on, rows in answered.items()}
+    """Eight cells of inherit x recover x distil, an experiment a seed; writes results/ablation-<task>-<recipe>.{md,png}."""
+    shared = {"tasks": [task], "recipes": [recipe], "compare": list(CELLS.values())}
+    names = sweep(root, f"ablation-{task}-{recipe}", [{**shared, "seed": seed} for seed in seeds], seed_of)
+    answers = [json.loads(files_of(root, name)(f"models/evaluated/{task}/{recipe}/predictions.json")) for name in names]
+    hits = {on: np.array([one[key_of(cell)]["correct"] for one in answers], float) for on, cell in CELLS.items()}
+    scores = {on: mean_over_seeds(rows) for on, rows in sorted(hits.items())}
     table = Table(
         f"Ablation: {task}, {recipe}, seeds {', '.join(map(str, seeds))}",
-        [*SWITCHES, "accuracy", "95 % interval", *(f"seed {seed}" for seed in seeds)], {4},
+        [*PARTS, "accuracy", "95 % interval", *(f"seed {seed}" for seed in seeds)], {4},
     )  # fmt: skip
-    for on, (mean, ci, each) in scores.items():
-        marks = ["yes" if value else "-" for value in on]
-        table.rows.append([*marks, f"{mean:.3f}", interval(ci), *(f"{one:.3f}" for one in each)])
-    table.notes = [*(effect(answered, place) for place in range(len(SWITCHES))), NOTE]
+    for on, scored in scores.items():
+        table.rows.append(["yes" if value else "-" for value in on] + spelled(scored))
+    table.notes = [*(effect(hits, place) for place in range(len(PARTS))), NOTE]
     stem = root / f"results/ablation-{task}-{recipe}"
     write_text(stem.with_suffix(".md"), table.markdown() + "\n")
     named = {
-        " + ".join(itertools.compress(SWITCHES, on)) or "none": {METHOD: {"accuracy": mean, "ci": ci}}
-        for on, (mean, ci, _) in scores.items()
+        " + ".join(itertools.compress(PARTS, on)) or "none": {"clm_calora": {"accuracy": one.value, "ci": list(one.ci)}}
+        for on, one in scores.items()
     }
     plots.ranking(named, f"{task}, {recipe}").savefig(stem.with_suffix(".png"), dpi=130)
     return stem.with_suffix(".md")
 
 
-def effect(answered: Mapping[tuple[bool, ...], np.ndarray[Any, Any]], place: int) -> str:
-    """What one switch adds, on average over the settings of the others: the paired difference, in words."""
-    pairs = len(answered) // 2
-    gains = sum((rows if on[place] else -rows) / pairs for on, rows in answered.items())
-    mean, ci, _ = score_of(np.asarray(gains))
-    return f"{list(SWITCHES)[place]} adds {mean:+.3f} {interval(ci, '+')}, on average over the other two."
+def effect(hits: Hits, place: int) -> str:
+    """What one part adds, on average over the settings of the others: the paired difference, in words."""
+    with_it, without = (
+        np.mean([rows for on, rows in hits.items() if on[place] == has], axis=0) for has in (True, False)
+    )
+    gain = difference_over_seeds(with_it, without)
+    return f"{PARTS[place]} adds {gain.value:+.3f} {interval(gain.ci, '+')}, on average over the other two."
 
 
-def switches_of(cell: Mapping[str, Any]) -> str:
-    """Of a cell of the ablation: inherit-distil-seed0."""
-    return f"{'-'.join(name for name, key in SWITCHES.items() if cell[key]) or 'none'}-seed{cell['seed']}"
+def seed_of(cell: Mapping[str, Any]) -> str:
+    """The label of one experiment of the ablation."""
+    return f"seed{cell['seed']}"
 
 
 def convergence(root: Path, task: str, recipes: Sequence[str], eval_every: int = 10) -> Path:
-    """Validation accuracy against step of CA-LoRA and the fresh LoRA; writes results/convergence-<task>.png."""
+    """Validation accuracy against step of every trained method; writes results/convergence-<task>.png."""
     cell = {"tasks": [task], "recipes": list(recipes), "train.eval_every": eval_every}
     (name,) = sweep(root, f"convergence-{task}", [cell], lambda _: "-".join(recipes))
     files = files_of(root, name)

@@ -2,55 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
 
-import numpy as np
-
+from calora.evaluation.statistics import OverSeeds, difference_over_seeds, mean_over_seeds
 from pipeline.experiment import Experiment, Found
-from stages.tables import Table, interval
+from stages.tables import Table, interval, short
 
-NOTE = (
-    "Intervals are bootstrapped over test items and seeds together; of two or three seeds they are rather too narrow."
-)
-OURS, FRESH = "clm_calora", "clm_lora"
-ROWS = ("tasks", "recipes")  # which others a run had beside does not matter
-
-
-def score_of(hits: np.ndarray[Any, Any], draws: int = 2000) -> tuple[float, list[float], list[float]]:
-    """Mean over seeds and items of hits [seeds, items], its 95 % interval (both are drawn anew), and each seed's mean."""
-    generator = np.random.default_rng(0)
-    seeds, items = hits.shape
-    means = [
-        hits[np.ix_(generator.integers(seeds, size=seeds), generator.integers(items, size=items))].mean()
-        for _ in range(draws)
-    ]
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(hits.mean()), [float(low), float(high)], hits.mean(1).tolist()
+NOTE = "Intervals are over seeds and test items together."
+ROWS = ("tasks", "recipes", "compare")  # which others a run had beside does not matter
 
 
 def over_seeds(experiments: Mapping[str, Experiment]) -> Table | None:
-    """CA-LoRA and the fresh LoRA over seeds: a line for each task, recipe and settings that two seeds or more were run with."""
-    groups: dict[tuple[str, ...], dict[Any, Found]] = {}
+    """Our method and the baseline over seeds: a line for each task, recipe and settings that two seeds or more were run with."""
     keys = sorted({key for one in experiments.values() for key in one.params} - {"seed", *ROWS})
-    for one in experiments.values():
-        settings = [str(one.params.get(key, "")) for key in keys]
-        for task, recipes in one.found.items():
-            for recipe, found in recipes.items():
-                groups.setdefault((task, recipe, *settings), {})[one.params.get("seed")] = found
     table = Table(
-        "Means over seeds", ["task", "recipe", *keys, "seeds", "LoRA", "CA-LoRA", "95 % interval", "CA-LoRA - LoRA"],
+        "Means over seeds", ["task", "recipe", *keys, "seeds", "baseline", "ours", "95 % interval", "ours - baseline"],
         set(range(len(keys) + 3)) | {len(keys) + 5, len(keys) + 6},
     )  # fmt: skip
     table.notes = [NOTE]
-    for row, seeds in groups.items():
+    for row, seeds in groups(experiments, keys):
         if len(seeds) > 1:
-            ours, fresh = (
-                np.array([found.correct[method] for found in seeds.values()], float) for method in (OURS, FRESH)
-            )
-            (mean, ci, _), (gain, gain_ci, _) = score_of(ours), score_of(ours - fresh)
-            last = f"{gain:+.3f} {interval(gain_ci, '+')}"
-            table.rows.append(
-                [*row, ", ".join(map(str, seeds)), f"{fresh.mean():.3f}", f"{mean:.3f}", interval(ci), last]
-            )
+            table.rows.append([*row, ", ".join(map(str, seeds)), *compared(list(seeds.values()))])
     return table if table.rows else None
+
+
+def groups(
+    experiments: Mapping[str, Experiment], keys: list[str]
+) -> Iterator[tuple[tuple[str, ...], dict[object, Found]]]:
+    """(task, recipe, settings), and seed -> what a run with it gave: a group for each commit; of equal runs the first counts."""
+    found: dict[tuple[str, tuple[str, ...]], dict[object, Found]] = {}
+    for one in experiments.values():
+        settings = [str(one.params.get(key, "")) for key in keys]
+        for task, recipes in one.found.items():
+            for recipe, result in recipes.items():
+                group = found.setdefault((one.commit, (task, recipe, *settings)), {})
+                group.setdefault(one.params.get("seed"), result)
+    return ((row, seeds) for (_, row), seeds in found.items())
+
+
+def compared(seeds: list[Found]) -> list[str]:
+    """Cells: the baseline's mean, ours with its interval, and the difference with its own."""
+    ours, baseline = (seeds[0].metrics[key] for key in ("ours", "baseline"))
+    hits = {key: [found.correct[key] for found in seeds] for key in (ours, baseline) if key in seeds[0].correct}
+    if len(hits) < 2:
+        return ["", "", "", ""]
+    own, gain = mean_over_seeds(hits[ours]), difference_over_seeds(hits[ours], hits[baseline])
+    fresh = mean_over_seeds(hits[baseline])
+    return [
+        f"{fresh.value:.3f} ({short(baseline)})", f"{own.value:.3f} ({short(ours)})", interval(own.ci),
+        f"{gain.value:+.3f} {interval(gain.ci, '+')}",
+    ]  # fmt: skip
+
+
+def spelled(scored: OverSeeds) -> list[str]:
+    """Cells: the mean, its interval, and each seed's mean."""
+    return [f"{scored.value:.3f}", interval(scored.ci), *(f"{mean:.3f}" for mean in scored.means)]

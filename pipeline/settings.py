@@ -25,16 +25,17 @@ ROOT = Path(__file__).resolve().parents[1]
 _PARAMS: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
 TASKS = tuple(_PARAMS["data"]["sets"])
 RECIPES = tuple(name for name in _PARAMS["compress"] if name != "calibration")
+METHODS = tuple(_PARAMS["methods"])
 NAME = "^[A-Za-z0-9][A-Za-z0-9._-]{0,80}$"
 
 Empty = SkipJsonSchema[None]  # may be left out, and the form shows nothing of it
 TaskName = Annotated[Literal[TASKS], WithJsonSchema({"type": "string", "enum": list(TASKS)})]  # type: ignore[valid-type]
 RecipeName = Annotated[Literal[RECIPES], WithJsonSchema({"type": "string", "enum": list(RECIPES)})]  # type: ignore[valid-type]
+MethodName = Annotated[Literal[METHODS], WithJsonSchema({"type": "string", "enum": list(METHODS)})]  # type: ignore[valid-type]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Weight = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Activation = Literal["gelu", "relu", "silu", "identity"]
-Switch = Literal["on", "off"]
 
 
 def without_nulls(schema: dict[str, Any]) -> None:
@@ -51,15 +52,19 @@ class Settings(BaseModel):
 
     tasks: list[TaskName] | Empty = Field(None, description="Tasks to carry over.")
     recipes: list[RecipeName] | Empty = Field(None, description="Ways to compress.")
-    alpha: Weight | Empty = Field(None, description="Weight of the distance of the last hidden states, 0 to 1000.")
-    rank: Count | Empty = Field(None, description="Rank of the bypass; even for a non-linear one with a warm start.")
+    methods: list[MethodName] | Empty = Field(None, description="Ways to adapt a compressed model, side by side.")
+    alpha: Weight | Empty = Field(
+        None, description="CA-LoRA: weight of the distance of the last hidden states, 0 to 1000."
+    )
+    rank: Count | Empty = Field(
+        None, description="CA-LoRA: rank of the bypass; even for a non-linear one with a warm start."
+    )
     lora_rank: Count | Empty = Field(None, description="Rank of the teacher's LoRA.")
-    activation: Activation | Empty = Field(None, description="Activation of the bypass; identity: a linear one.")
+    activation: Activation | Empty = Field(
+        None, description="CA-LoRA: activation of the bypass; identity: a linear one."
+    )
     steps: Count | Empty = Field(None, description="Optimiser steps of every training.")
     seed: Seed | Empty = Field(None, description="Of batches, initial weights and bootstrap.")
-    inherit: Switch | Empty = Field(None, description="Start from the teacher's LoRA; off: from a fresh one.")
-    recover: Switch | Empty = Field(None, description="Add the bypass R(X) = sigma(XD)U; off: the LoRA alone.")
-    distil: Switch | Empty = Field(None, description="Learn from the uncompressed LLM; off: from the labels alone.")
     other: dict[str, Any] = Field({}, description='Any other key of params.yaml, such as {"train.lr": 0.002}.')
 
     @model_serializer(mode="wrap")
@@ -72,9 +77,9 @@ PREFECT = {  # its state inside the project, nothing sent home
     "PREFECT_HOME": str(ROOT / ".prefect"), "DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
 }  # fmt: skip
 KEYS = {
-    "tasks": "tasks", "recipes": "recipes", "alpha": "distill.alpha", "rank": "inherit.rank", "lora_rank": "teacher.rank",
-    "activation": "inherit.activation", "steps": "train.steps", "seed": "seed", "inherit": "inherit.lora",
-    "recover": "inherit.bypass", "distil": "distill.teacher",
+    "tasks": "tasks", "recipes": "recipes", "methods": "compare", "alpha": "methods.calora.loss.alpha",
+    "rank": "methods.calora.start.bypass.rank", "activation": "methods.calora.start.bypass.activation",
+    "lora_rank": "teacher.rank", "steps": "train.steps", "seed": "seed",
 }  # fmt: skip
 
 
@@ -95,8 +100,7 @@ def checked(values: dict[str, Any], fix: str, names: Mapping[str, str] | None = 
 def changes(settings: Settings) -> dict[str, Any]:
     """Key of params.yaml, with dots -> its value in this run."""
     values = settings.model_dump(exclude={"other"})
-    chosen = {KEYS[name]: value for name, value in values.items() if value not in (None, [])}
-    return {key: value == "on" if value in ("on", "off") else value for key, value in chosen.items()} | settings.other
+    return {KEYS[name]: value for name, value in values.items() if value not in (None, [])} | settings.other
 
 
 def write_params(folder: Path, changed: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

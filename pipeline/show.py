@@ -41,9 +41,10 @@ def show_results(root: Path, folder: Path, parent: str, name: str) -> None:
     kept = root / REPORTS / name
     shutil.rmtree(kept, ignore_errors=True)
     shutil.copytree(results / "plots", kept / "plots")
-    for curves in sorted(results.glob("*/*/curves")):
-        task, recipe = curves.parts[-3:-1]
-        plots.losses(loss_parts(curves), f"{task}, {recipe}").savefig(kept / f"plots/{task}-{recipe}-loss.png", dpi=130)
+    for losses in sorted(results.glob("*/*/curves/*/train")):
+        task, recipe, _, method = losses.parts[-5:-1]
+        figure = plots.losses(loss_parts(losses), f"{task}, {recipe}, {method}")
+        figure.savefig(kept / f"plots/{task}-{recipe}-{method}-loss.png", dpi=130)
     write_text(
         kept / "report.html", page(differing(with_parent(root, parent) | {name: read_experiment(folder, WORKSPACE)}))
     )
@@ -57,9 +58,9 @@ def show_results(root: Path, folder: Path, parent: str, name: str) -> None:
             create_image_artifact(address, key=key_of(picture.stem), description=picture.stem)
 
 
-def loss_parts(curves: Path) -> dict[str, list[tuple[int, float]]]:
+def loss_parts(losses: Path) -> dict[str, list[tuple[int, float]]]:
     """Part of the loss -> (step, value), of the tables that `distill` writes."""
-    tables = {file.stem: file.read_text(encoding="utf-8").splitlines()[1:] for file in curves.glob("train/*.tsv")}
+    tables = {file.stem: file.read_text(encoding="utf-8").splitlines()[1:] for file in losses.glob("*.tsv")}
     return {
         part: [(int(step), float(value)) for step, value in (line.split("\t") for line in lines)]
         for part, lines in tables.items()

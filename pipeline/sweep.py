@@ -18,7 +18,7 @@ from calora.errors import CaloraError
 from pipeline.checkout import commit_of, experiments, refuse, uncommitted
 from pipeline.settings import KEYS, Settings, checked
 
-LISTS = ("tasks", "recipes")  # each value of a sweep over these is a list of one
+LISTS = ("tasks", "recipes", "compare")  # each value of a sweep over these is a list of one
 
 
 def cells(assignments: Sequence[str]) -> list[dict[str, Any]]:
@@ -44,11 +44,7 @@ def settings_of(cell: Mapping[str, Any]) -> Settings:
         CaloraError: a value is out of its bounds.
     """
     fields = {key: name for name, key in KEYS.items()}
-    values = {
-        fields[key]: ("off", "on")[value] if isinstance(value, bool) else value
-        for key, value in cell.items()
-        if key in fields
-    }
+    values = {fields[key]: value for key, value in cell.items() if key in fields}
     other = {key: value for key, value in cell.items() if key not in fields}
     return checked({**values, "other": other}, "mend the sweep", KEYS)
 

@@ -12,6 +12,7 @@ from calora.errors import CaloraError
 from stages.config import Params, load_params
 
 BASE, SMALL = Path("models/base"), Path("models/small")
+METHODS = Path("models/methods")
 CALIBRATION = Path("data/calibration/texts.jsonl")
 CHECKPOINTS = Path("checkpoints")
 ACCELERATE = (  # its name for several processes on one machine, on CPUs too
@@ -39,9 +40,19 @@ def compressed(recipe: str) -> Path:
     return Path("models/compressed") / recipe
 
 
+def inherited(task: str, recipe: str, method: str) -> Path:
+    """The start of a method: its adapter before any step."""
+    return Path("models/inherited") / task / recipe / method
+
+
 def adapter(method: str, task: str, recipe: str) -> Path:
-    """An adapter for a compressed base: `inherited`, `clm_lora`, `clm_lora_qk` or `calora`."""
+    """The adapter that a method made for a compressed base."""
     return Path("models") / method / task / recipe
+
+
+def evaluated(task: str, recipe: str) -> Path:
+    """What `evaluate` found: metrics, answers, curves."""
+    return Path("models/evaluated") / task / recipe
 
 
 def small_lora(task: str) -> Path:

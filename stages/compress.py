@@ -11,7 +11,7 @@ import shutil
 import torch
 
 from calora.common.artifacts import bytes_on_disk, fingerprint, write_json
-from calora.compression.__init__ import check_recipe, compress, fingerprint_of
+from calora.compression import check_recipe, compress, fingerprint_of
 from calora.compression.walk import Calibration
 from calora.models.loading import load_model, load_tokenizer
 from calora.saving import save

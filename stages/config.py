@@ -13,6 +13,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from calora.errors import CaloraError
+from stages.resolve import resolve
 
 PARAMS = Path("params.yaml")
 Positive = Annotated[int, Field(ge=1)]
@@ -28,6 +29,10 @@ def _plain(name: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(_plain)]
+
+
+# Folders of models/ that are no method's.
+TAKEN = ("base", "small", "small_lora", "teacher", "targets", "compressed", "methods", "inherited", "evaluated")
 
 
 class Section(BaseModel):
@@ -248,28 +253,54 @@ class Calibration(Section):
     seed: int
 
 
-class Inherit(Section):
-    """The bypass and its start; `lora` and `bypass` can be switched off for an ablation."""
+class Lora(Section):
+    """The shape of a fresh LoRA."""
 
-    lora: bool
-    bypass: bool
+    targets: Annotated[list[str], Field(min_length=1)]
+    rank: Positive
+    lora_alpha: Annotated[float, Field(gt=0)]
+
+
+class Bypass(Section):
+    """The recovery bypass and its start."""
+
     targets: Annotated[list[str], Field(min_length=1)]
     rank: Positive
     activation: Literal["gelu", "relu", "silu", "identity"]
     start: Literal["weighted_error", "zero"]
-    calibration_texts: Positive
 
     @model_validator(mode="after")
-    def _even(self) -> Inherit:
+    def _even(self) -> Bypass:
         if self.start == "weighted_error" and self.activation != "identity" and self.rank % 2:
             raise ValueError(f"rank must be even for the warm start with {self.activation}, found {self.rank}")
         return self
 
 
-class Distill(Section):
-    """The weights of the loss; without the `teacher` L = L_task."""
+class Start(Section):
+    """What an adapter is before any step."""
 
-    teacher: bool
+    lora: Literal["inherited", "fresh", "none"] | Lora
+    budget: Start | str | None
+    bypass: Bypass | None
+    calibration_texts: Positive
+
+    def of_shape(self) -> Start:
+        """A start of the same shape that takes no data to make."""
+        lora = "fresh" if self.lora == "inherited" else self.lora
+        bypass = None if self.bypass is None else self.bypass.model_copy(update={"start": "zero"})
+        return self.model_copy(update={"lora": lora, "bypass": bypass})
+
+    @model_validator(mode="after")
+    def _one_shape(self) -> Start:
+        if self.budget is not None and self.lora != "fresh":
+            raise ValueError("budget goes with `lora: fresh`")
+        return self
+
+
+class Loss(Section):
+    """The weights of the loss: L = task L_task + factor (alpha L_hidden + kl L_kl)."""
+
+    task: Weight
     alpha: Weight
     alpha_encoder: Weight
     kl: Weight
@@ -278,11 +309,21 @@ class Distill(Section):
     unlabelled_every: Annotated[int, Field(ge=0)]
 
 
+class Method(Section):
+    """A way to adapt a compressed model; without a loss no step is taken."""
+
+    start: Start
+    loss: Loss | Literal["labels"] | None
+
+
 class Evaluate(Section):
     """How the test set is scored."""
 
     batch_size: Positive
     draws: Annotated[int, Field(ge=100)]
+    ours: str
+    baseline: str
+    packed: list[str]
 
 
 class Params(Section):
@@ -291,14 +332,14 @@ class Params(Section):
     seed: Annotated[int, Field(ge=0)]
     tasks: Annotated[list[str], Field(min_length=1)]
     recipes: Annotated[list[str], Field(min_length=1)]
+    compare: Annotated[list[str], Field(min_length=1)]
     base: ModelSource
     small: ModelSource
     data: Data
     teacher: Teacher
     train: Train
     compress: dict[Name, Any]
-    inherit: Inherit
-    distill: Distill
+    methods: dict[Name, Any]
     evaluate: Evaluate
 
     @model_validator(mode="before")
@@ -324,13 +365,36 @@ class Params(Section):
         for kind, wanted, known in (
             ("tasks", self.tasks, list(self.data.sets)),
             ("recipes", self.recipes, list(self.compressions)),
+            ("compare", self.compare, list(self.methods)),
+            ("evaluate.packed", self.evaluate.packed, list(self.methods)),
+            ("evaluate", [self.evaluate.ours, self.evaluate.baseline], list(self.methods)),
         ):
             for name in wanted:
                 if name not in known:
                     raise ValueError(f"{kind} names '{name}'; known: {', '.join(known)}")
             if len(set(wanted)) < len(wanted):
                 raise ValueError(f"{kind} names one entry twice: {', '.join(wanted)}")
+        for name, entry in resolve(self.methods).items():
+            if name in TAKEN:
+                raise ValueError(
+                    f"methods.{name}: models/{name} is a folder of the pipeline's own: choose another name"
+                )
+            _check_method(name, entry)
         return self
+
+
+def _check_method(name: str, entry: dict[str, Any]) -> None:
+    """Raise ValueError unless a resolved method is whole and its values are in their ranges."""
+    start = entry.get("start")
+    plain = (
+        {**start, "budget": None if start.get("budget") is None else "another"} if isinstance(start, dict) else start
+    )
+    try:
+        Method.model_validate({**entry, "start": plain})
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"] if part not in ("Lora", "Loss"))
+        raise ValueError(f"methods.{name}.{place}: {first['msg']}, found {first['input']!r:.80}") from None
 
 
 def load_params(path: Path = PARAMS) -> Params:

@@ -1,7 +1,7 @@
-"""Train the inherited adapter and its bypass against the teacher's stored targets.
+"""Train the adapter that a method starts from, by the loss of the method; without a loss it stays as it is.
 
-Reads models/inherited/<task>/<recipe>, models/compressed/<recipe>, models/targets/<task>, data/<task>; writes
-models/calora/<task>/<recipe> and results/<task>/<recipe>/curves.
+Reads models/methods/<method>/loss.json, models/inherited/<task>/<recipe>/<method>, models/compressed/<recipe>,
+models/targets/<task>, data/<task>; writes models/<method>/<task>/<recipe> and results/<task>/<recipe>/curves/<method>.
 """
 
 from __future__ import annotations
@@ -12,59 +12,80 @@ import torch
 
 from calora.adapters.cards import calora_card
 from calora.adapters.folder import read_adapter, write_adapter
-from calora.common.artifacts import fingerprint, whole_directory, write_text
-from calora.common.parallel import only_first_goes_on
-from calora.compressed import load
-from calora.distillation.distill import Weights, distill
+from calora.adapters.lora import Adapter, attach_adapter, set_active
+from calora.common.artifacts import read_json, whole_directory, write_text
+from calora.common.parallel import only_first_goes_on, place
+from calora.compressed import Compressed, load
+from calora.distillation.distill import Pool, distill
+from calora.distillation.loss import Weights
 from calora.distillation.targets import Targets
-from calora.distillation.training import History
-from calora.models.tasks import Example, encode_all
+from calora.distillation.training import Checkpoint, History
+from calora.models.loading import training_attention
+from calora.models.tasks import Task, encode_all
 from calora.recovery.bypass import activate
-from stages.common import adapter, compressed, results, run, targets
+from stages.common import METHODS, adapter, compressed, inherited, results, run, targets
 from stages.config import Params
 from stages.splits import read_split, read_task
-from stages.training import checkpoint, run_key, schedule, scorer
+from stages.training import Score, checkpoint, run_key, schedule, scorer
 
 
-def main(params: Params, name: str, recipe: str) -> None:
-    """The CA-LoRA adapter of one task and one recipe."""
-    task = read_task(name)
-    model = load(compressed(recipe), dense=True, attention="eager")
-    source = adapter("inherited", name, recipe)
-    inherited = read_adapter(source)
-    tokenizer = model.calora_tokenizer
+def main(params: Params, name: str, recipe: str, method: str) -> None:
+    """The adapter of one method for one task on one compressed base."""
+    task, source = read_task(name), inherited(name, recipe, method)
+    model = load(compressed(recipe), dense=True, attention=training_attention())
+    start, score = read_adapter(source), scorer(model, task, model.calora_tokenizer, params)
+    loss = read_json(METHODS / method / "loss.json", "run `dvc repro methods`")
+    out, saved = adapter(method, name, recipe), None
+    if loss.pop("steps"):
+        inputs = [source, compressed(recipe), targets(name)]
+        saved = checkpoint(out, run_key(params, name, inputs, (loss, str(model.dtype))))
+        made, history = trained(params, task, model, start, weights(loss), score, saved, str(out))
+    else:
+        attach_adapter(model, start, "default")
+        set_active(model, "default")
+        place(model)
+        made, history = start, History(scores=[{"step": 0, "score": score()}])
+    activate(model, None)
+    scores = {"validation_accuracy": history.best["score"], "validation_accuracy_lora_alone": score()}
+    only_first_goes_on()
+    made.meta |= {"metrics": scores}
+    base = str(compressed(recipe))
+    card = calora_card(task, base, start.meta["origin"], *scores.values())
+    write_curves(results(name, recipe, "curves", method), history)
+    write_adapter(out, made, base, card, torch.bfloat16, {"history.json": history.to_json()})
+    if saved:
+        saved.clear()
 
-    def pool(split: str) -> tuple[list[Example], Targets] | None:
-        rows = read_split(name, split)
-        return (encode_all(task, tokenizer, rows), Targets(targets(name) / split)) if rows else None
+
+def trained(
+    params: Params,
+    task: Task,
+    model: Compressed,
+    start: Adapter,
+    loss: Weights,
+    score: Score,
+    saved: Checkpoint,
+    title: str,
+) -> tuple[Adapter, History]:
+    """The adapter after all steps, at its best validation score."""
+
+    def pool(split: str) -> Pool | None:
+        rows = read_split(task.name, split)
+        told = Targets(targets(task.name) / split) if rows and loss.needs_teacher else None
+        return Pool(encode_all(task, model.calora_tokenizer, rows), told) if rows else None
 
     labelled = pool("train")
     assert labelled is not None  # read_split raises on an empty training split
-    score = scorer(model, task, tokenizer, params)
-    out, base = adapter("calora", name, recipe), str(compressed(recipe))
-    inputs = (model.calora_fingerprint, fingerprint(source), params.distill.model_dump_json())
-    saved = checkpoint(out, run_key(params, name, *inputs))
-    trained, history = distill(
-        model, inherited, labelled, pool("unlabelled"), score, weights(params),
-        batch_size=params.train.batch_size, schedule=schedule(params), seed=params.seed,
-        checkpoint=saved, title=str(out),
+    return distill(
+        model, start, labelled, pool("unlabelled") if loss.needs_teacher else None, score, loss,
+        batch_size=params.train.batch_size, schedule=schedule(params), seed=params.seed, checkpoint=saved, title=title,
     )  # fmt: skip
-    only_first_goes_on()
-    activate(model, None)
-    best, alone = history.best["score"], score()
-    trained.meta |= {"metrics": {"validation_accuracy": best, "validation_accuracy_lora_alone": alone}}
-    card = calora_card(task, base, inherited.meta["origin"], best, alone)
-    write_curves(results(name, recipe, "curves"), history)
-    write_adapter(out, trained, base, card, torch.bfloat16, {"history.json": history.to_json()})
-    saved.clear()
 
 
-def weights(params: Params) -> Weights:
-    """The weights of the loss; without the teacher L = L_task."""
-    d = params.distill
-    if not d.teacher:
-        return Weights({}, 0.0, 0.0, 0.0, 0)
-    return Weights({"decoder": d.alpha, "encoder": d.alpha_encoder}, d.kl, d.labelled, d.unlabelled, d.unlabelled_every)
+def weights(loss: dict[str, float]) -> Weights:
+    """The weights of the loss, as loss.json has them."""
+    alpha = {"decoder": loss["alpha"], "encoder": loss["alpha_encoder"]}
+    return Weights(loss["task"], alpha, loss["kl"], loss["labelled"], loss["unlabelled"], int(loss["unlabelled_every"]))
 
 
 def write_curves(directory: Path, history: History) -> None:

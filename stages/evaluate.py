@@ -1,60 +1,60 @@
-"""Score the inherited adapter and CA-LoRA on the test split, loaded back from disk, and put them beside the other methods.
+"""Put the methods of one task and recipe side by side: intervals, differences, and what was recovered of the gap.
 
-Reads results/<task>/reference.json, results/<task>/<recipe>/controls.json, models/compressed/<recipe>, the adapters for it, data/<task>; writes
-results/<task>/<recipe>/metrics.json and models/evaluated/<task>/<recipe> (the same, answers, validation curves).
+Reads results/<task>/reference.json, results/<task>/<recipe>/scores; writes results/<task>/<recipe>/metrics.json and
+models/evaluated/<task>/<recipe> (the same, answers, validation curves).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from calora.common.artifacts import read_json, whole_directory, write_json
-from calora.compressed import load
-from calora.evaluation.metrics import mean_interval, paired_difference, recovered_share
-from stages.common import adapter, compressed, results, run
+from calora.common.artifacts import whole_directory, write_json
+from calora.evaluation.statistics import mean_interval, paired_difference, recovered_share
+from stages.common import evaluated, results, run
 from stages.config import Params
-from stages.controls import ADAPTERS, score_adapter
-from stages.scoring import Scored
-from stages.splits import read_task
+from stages.looks import key_of
+from stages.scored import Scored, read_scored
 
 
 def main(params: Params, name: str, recipe: str) -> None:
-    """Eight methods, their intervals, and what CA-LoRA recovered."""
-    task, model = read_task(name), load(compressed(recipe), dense=True, attention="eager")
-    methods: dict[str, Scored] = {
-        **read_json(results(name, "reference.json"), f"run `dvc repro reference@{name}`"),
-        **read_json(results(name, recipe, "controls.json"), f"run `dvc repro controls@{name}-{recipe}`"),
-    }
-    for method in ("clm_inherited", "clm_calora"):
-        methods[method] = score_adapter(model, task, params, recipe, method)
-    answers = {method: {key: scored[key] for key in ("answers", "correct")} for method, scored in methods.items()}
-    made_by = f"run `dvc repro distill@{name}-{recipe}`"
-    curves = {
-        method: read_json(adapter(folder, name, recipe) / "history.json", made_by)["scores"]
-        for method, folder in ADAPTERS.items()
-        if folder != "inherited"
-    }
-    metrics = summary(methods, params.evaluate.draws, params.seed)
-    with whole_directory(adapter("evaluated", name, recipe)) as scratch:
+    """All methods of `compare`, after those that need no compressed base."""
+    methods = read_scored(results(name, "reference.json"), f"run `dvc repro reference@{name}`")
+    for method in params.compare:
+        made_by = f"run `dvc repro score@{name}-{recipe}-{method}`"
+        methods[key_of(method)] = read_scored(results(name, recipe, "scores", f"{method}.json"), made_by)[method]
+    metrics = summary(params, methods)
+    answers = {method: {"answers": one.answers, "correct": one.correct} for method, one in methods.items()}
+    curves = {method: one.curve for method, one in methods.items() if len(one.curve) > 1}
+    with whole_directory(evaluated(name, recipe)) as scratch:
         for file, value in (("metrics", metrics), ("predictions", answers), ("curves", curves)):
             write_json(scratch / f"{file}.json", value)
     write_json(results(name, recipe, "metrics.json"), metrics)
 
 
-def summary(methods: dict[str, Scored], draws: int, seed: int) -> dict[str, Any]:
-    """metrics.json: the methods with intervals, the paired difference, and the recovered share."""
-    hits = {method: scored["correct"] for method, scored in methods.items()}
-    ours, fresh, whole = hits["clm_calora"], hits["clm_lora"], hits["llm_lora"]
-    return {
+def summary(params: Params, methods: dict[str, Scored]) -> dict[str, Any]:
+    """metrics.json: the methods with intervals; each one's difference to the baseline and its share of the gap."""
+    draws, seed, ours = params.evaluate.draws, params.seed, key_of(params.evaluate.ours)
+    baseline, whole = methods.get(key_of(params.evaluate.baseline)), methods["llm_lora"]
+    found: dict[str, Any] = {
         "methods": {
-            method: {k: v for k, v in scored.items() if k not in ("correct", "answers")}
-            | {"ci": mean_interval(scored["correct"], draws, seed)}
-            for method, scored in methods.items()
+            method: one.summary() | {"ci": mean_interval(one.correct, draws, seed).to_json()["ci"]}
+            for method, one in methods.items()
         },
-        "difference": paired_difference(ours, fresh, draws, seed),
-        "recovered_share": recovered_share(ours, fresh, whole, draws, seed),
-        "test_items": len(ours),
+        "ours": ours,
+        "baseline": key_of(params.evaluate.baseline),
+        "test_items": len(whole.correct),
     }
+    if baseline is None:
+        return found
+    for method in map(key_of, params.compare):
+        hits = methods[method].correct
+        if methods[method] is not baseline:
+            found["methods"][method] |= {
+                "difference": paired_difference(hits, baseline.correct, draws, seed).to_json(),
+                "recovered_share": recovered_share(hits, baseline.correct, whole.correct, draws, seed).to_json(),
+            }
+    own = found["methods"].get(ours, {})
+    return found | {key: own[key] for key in ("difference", "recovered_share") if key in own}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Carry the teacher's LoRA onto a compressed base and initialise the bypass.
+"""Make the adapter that a method starts from: whose LoRA, which bypass.
 
-Reads models/base, models/teacher/<task>, models/compressed/<recipe>, data/<task>; writes models/inherited/<task>/<recipe>.
+Reads models/methods/<method>/start.json, models/base, models/teacher/<task>, models/compressed/<recipe>, data/<task>;
+writes models/inherited/<task>/<recipe>/<method>.
 """
 
 from __future__ import annotations
@@ -9,48 +10,70 @@ import torch
 
 from calora.adapters.cards import plain_card
 from calora.adapters.folder import read_plain_lora, write_adapter
-from calora.common.artifacts import fingerprint
-from calora.compressed import load
-from calora.inheritance.inherit import inherit
+from calora.adapters.lora import Adapter, check_targets, lora_config
+from calora.common.artifacts import fingerprint, read_json
+from calora.compressed import Compressed, load
+from calora.inheritance.fresh import equal_budget, fresh_adapter
+from calora.inheritance.inherit import Bypass, Inheritance, inherit
+from calora.models.anatomy import linear_layers
 from calora.models.loading import load_model
 from calora.models.tasks import encode_all
-from stages.common import BASE, adapter, compressed, run, teacher
-from stages.config import Params
+from calora.saving import REPORT
+from stages.common import BASE, METHODS, compressed, inherited, run, teacher
+from stages.config import Params, Start
 from stages.splits import read_split, read_task
 
 
-def main(params: Params, name: str, recipe: str) -> None:
-    """The adapter that distillation starts from."""
-    task, options = read_task(name), params.inherit
-    model = load(compressed(recipe))
-    origin = read_plain_lora(teacher(name))
-    origin.meta = {
-        "task": task.to_json(),
-        "origin": str(teacher(name)),
-        "base_fingerprint": fingerprint(BASE),
-        "compressed_fingerprint": model.calora_fingerprint,
-        "recipe": recipe,
-        "steps": params.compressions[recipe],
-        "rank": options.rank,
-    }
-    rows = read_split(name, "train")[: options.calibration_texts]
-    calibration = encode_all(task, model.calora_tokenizer, rows)
-    inherited, report = inherit(
-        model, load_model(BASE, torch.bfloat16), origin, calibration,
-        targets=options.targets, rank=options.rank, activation=options.activation, start=options.start, origin=model.calora_origin,
-        lora=options.lora, bypass=options.bypass, seed=params.seed,
-    )  # fmt: skip
-    out = adapter("inherited", name, recipe)
-    base = str(compressed(recipe))
-    write_adapter(out, inherited, base, plain_card(task, base), torch.bfloat16, {"inherit.json": report})
-    if report["dropped"]:
-        print(f"{len(report['dropped'])} LoRA tensors dropped: their layers were cut")
-    errors = list(report["errors"].values())
-    print(f"{name} on {recipe}: {len(report['mapped'])} LoRA layers mapped, {len(errors)} bypasses", end="")
-    if errors:
-        before, after = (sum(column) / len(errors) for column in zip(*errors, strict=True))
+def main(params: Params, name: str, recipe: str, method: str) -> None:
+    """The start of one method for one task on one compressed base."""
+    start = read_start(method)
+    task, model = read_task(name), load(compressed(recipe))
+    made, report = start_of(start, model, name, params.seed)
+    made.meta = {
+        "task": task.to_json(), "method": method, "origin": str(teacher(name)), "base_fingerprint": fingerprint(BASE),
+        "compressed_fingerprint": model.calora_fingerprint, "recipe": recipe,
+        "steps": read_json(compressed(recipe) / REPORT, f"run `dvc repro compress@{recipe}`")["recipe"], **made.meta,
+    }  # fmt: skip
+    out, base = inherited(name, recipe, method), str(compressed(recipe))
+    write_adapter(out, made, base, plain_card(task, base), torch.bfloat16, {"inherit.json": report.to_json()})
+    print(f"{method}: {name} on {recipe}, {made.parameters / 1e6:.2f} M parameters", end="")
+    if report.errors:
+        before, after = (sum(column) / len(report.errors) for column in zip(*report.errors.values(), strict=True))
         print(f"; relative error of a layer's output {before:.3f}, with the start {after:.3f}", end="")
-    print()
+    print(f"; {len(report.dropped)} LoRA tensors dropped: their layers were cut" if report.dropped else "")
+
+
+def read_start(method: str) -> Start:
+    """The start of a method, in full; `budget` holds another start."""
+    return Start.model_validate(read_json(METHODS / method / "start.json", "run `dvc repro methods`"))
+
+
+def start_of(start: Start, model: Compressed, name: str, seed: int) -> tuple[Adapter, Inheritance]:
+    """The adapter of a start, and what became of the teacher's layers."""
+    if isinstance(start.budget, Start):  # the shape of another method's adapter; what its values are does not matter
+        like, report = start_of(start.budget.of_shape(), model, name, seed)
+        return fresh_adapter(model, equal_budget(like, linear_layers(model)), {}, seed), report
+    lora = start.lora
+    if isinstance(lora, str):
+        return carried(start, lora, model, name, seed)
+    check_targets(model, lora.targets, lora.rank)
+    made = fresh_adapter(model, lora_config(lora.rank, lora.lora_alpha, lora.targets), {}, seed)
+    bare, report = carried(start, "none", model, name, seed)
+    return Adapter(made.config, made.lora, bare.recovery, bare.meta), report
+
+
+def carried(start: Start, lora: str, model: Compressed, name: str, seed: int) -> tuple[Adapter, Inheritance]:
+    """The teacher's LoRA (or a fresh one of its shape, or none) with the bypass of a start."""
+    reference, calibration = None, []
+    bypass = None if start.bypass is None else Bypass(**start.bypass.model_dump())
+    if (bypass is not None and bypass.start != "zero") or (lora == "inherited" and model.calora_origin.kept):
+        reference = load_model(BASE)
+        rows = read_split(name, "train")[: start.calibration_texts]
+        calibration = encode_all(read_task(name), model.calora_tokenizer, rows)
+    return inherit(
+        model, read_plain_lora(teacher(name)), lora=lora, bypass=bypass, reference=reference,
+        calibration=calibration, origin=model.calora_origin, seed=seed,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from typing import Any
 
 from calora.common.artifacts import read_json, whole_directory, write_json, write_text
 from stages import plots, tables
-from stages.common import adapter, results, run
+from stages.common import evaluated, results, run
 from stages.config import Params
 
 
@@ -19,17 +19,14 @@ def main(params: Params) -> None:
             found: dict[str, Any] = {}
             for recipe in params.recipes:
                 made_by = f"run `dvc repro evaluate@{task}-{recipe}`"
-                evaluated, title, name = (
-                    adapter("evaluated", task, recipe),
-                    f"{task}, {recipe}",
-                    folder / f"{task}-{recipe}",
-                )
-                metrics = found[recipe] = read_json(evaluated / "metrics.json", made_by)
+                place, title, name = evaluated(task, recipe), f"{task}, {recipe}", folder / f"{task}-{recipe}"
+                metrics = found[recipe] = read_json(place / "metrics.json", made_by)
                 summary.setdefault(task, {})[recipe] = compact(metrics)
                 shown.append(tables.of_methods(title, metrics))
                 plots.accuracy_against_bytes(metrics, title).savefig(f"{name}-bytes.png", dpi=130)
-                curves = read_json(evaluated / "curves.json", made_by)
-                plots.convergence(curves, title).savefig(f"{name}-convergence.png", dpi=130)
+                curves = read_json(place / "curves.json", made_by)
+                if curves:
+                    plots.convergence(curves, title).savefig(f"{name}-convergence.png", dpi=130)
             if len(found) > 1:
                 shown.append(tables.of_runs(f"{task}, all recipes", "recipe", found))
                 plots.recipes_against_bytes(found, task).savefig(folder / f"{task}-recipes.png", dpi=130)
@@ -38,16 +35,12 @@ def main(params: Params) -> None:
 
 
 def compact(metrics: dict[str, Any]) -> dict[str, Any]:
-    """The few columns that `dvc exp show` shows."""
-    methods = metrics["methods"]
-    return {
-        "llm_lora": methods["llm_lora"]["accuracy"],
-        "clm_lora": methods["clm_lora"]["accuracy"],
-        "clm_calora": methods["clm_calora"]["accuracy"],
-        "gain": metrics["difference"]["value"],
-        "recovered": metrics["recovered_share"]["value"],
-        "mb": round(methods["clm_calora"]["bytes_on_disk"] / 1e6, 1),
-    }
+    """The few columns that `dvc exp show` shows: the accuracy of each method, and what ours gains, recovers and weighs."""
+    methods, ours = metrics["methods"], metrics["ours"]
+    shown = {key: m["accuracy"] for key, m in methods.items() if key == "llm_lora" or key.startswith("clm_")}
+    if "difference" in metrics:
+        shown |= {"gain": metrics["difference"]["value"], "recovered": metrics["recovered_share"]["value"]}
+    return shown | ({"mb": round(methods[ours]["bytes_on_disk"] / 1e6, 1)} if ours in methods else {})
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from calora.adapters.lora import lora_config
-from calora.common.artifacts import fingerprint, whole_directory, write_json
+from calora.common.artifacts import whole_directory, write_json
+from calora.common.parallel import only_first_goes_on
 from calora.models.loading import load_model, load_tokenizer
 from stages.common import SMALL, run, small_lora
 from stages.config import Params
@@ -19,13 +20,15 @@ def main(params: Params, name: str) -> None:
     """A scored task's small classifier; a generated task has none (a note in the folder says so)."""
     task = read_task(name)
     if not task.scored:
+        only_first_goes_on()
         with whole_directory(small_lora(name)) as scratch:
             write_json(scratch / "none.json", {"reason": "the small baseline is a classifier; this task is generated"})
         return
     torch.manual_seed(params.seed)  # the classification head's first weights
     model = load_model(SMALL, torch.float32, labels=len(task.answers))
     config = lora_config(params.teacher.rank, params.teacher.lora_alpha, TARGETS, classifier=True)
-    train_lora(params, task, model, load_tokenizer(SMALL), config, small_lora(name), SMALL, fingerprint(SMALL)).clear()
+    folder = small_lora(name)
+    train_lora(params, task, model, load_tokenizer(SMALL), config, folder, SMALL, torch.float32).clear()
 
 
 if __name__ == "__main__":

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from stages.plots import METHODS
-
-COMPARED = ("clm", "clm_inherited", "clm_lora_qk", "clm_lora", "clm_calora")
+from stages.looks import look_of
 
 
 @dataclass
@@ -34,17 +32,30 @@ class Table:
         return "\n".join([f"### {self.title}", "", self.grid(), *notes])
 
 
-def interval(ci: list[float], sign: str = "") -> str:
+def interval(ci: Sequence[float], sign: str = "") -> str:
     """A 95 % interval."""
     return f"[{ci[0]:{sign}.3f}, {ci[1]:{sign}.3f}]" if sign else f"{ci[0]:.3f} to {ci[1]:.3f}"
 
 
 def share_of(metrics: Mapping[str, Any]) -> str:
-    """The recovered share with its interval, or why there is none."""
-    share = metrics["recovered_share"]
-    return (
-        "below noise" if share["below_noise"] else f"{share['value']:.2f} [{share['ci'][0]:.2f}, {share['ci'][1]:.2f}]"
-    )
+    """A recovered share with its interval, or why there is none."""
+    share = metrics.get("recovered_share")
+    if share is None:
+        return ""
+    if share["below_noise"]:
+        return "below noise"
+    return f"{share['value']:.2f} [{share['ci'][0]:.2f}, {share['ci'][1]:.2f}]"
+
+
+def gain_of(metrics: Mapping[str, Any]) -> str:
+    """A difference to the baseline with its interval; empty where there is none."""
+    gain = metrics.get("difference")
+    return "" if gain is None else f"{gain['value']:+.3f} {interval(gain['ci'], '+')}"
+
+
+def short(key: str) -> str:
+    """A method's label as the head of a column."""
+    return look_of(key).label.replace("CLM + ", "+ ")
 
 
 def of_methods(title: str, metrics: Mapping[str, Any]) -> Table:
@@ -53,39 +64,47 @@ def of_methods(title: str, metrics: Mapping[str, Any]) -> Table:
         f"{title} ({metrics['test_items']} test items)",
         ["method", "accuracy", "95 % interval", "MB on disk", "trainable"], {0, 2},
     )  # fmt: skip
-    for method, (label, _, _) in METHODS.items():
-        if method in metrics["methods"]:
-            m = metrics["methods"][method]
-            size, count = f"{m['bytes_on_disk'] / 1e6:.1f}", f"{m['trainable_parameters'] / 1e6:.2f} M"
-            table.rows.append([label, f"{m['accuracy']:.3f}", interval(m["ci"]), size, count])
-    difference = metrics["difference"]
-    table.notes = [
-        f"CA-LoRA - LoRA (equal budget): {difference['value']:+.3f} {interval(difference['ci'], '+')}.",
-        "Recovered share: below noise (the interval of the gap touches 0)."
-        if metrics["recovered_share"]["below_noise"]
-        else f"Recovered share of the gap: {share_of(metrics)}.",
-    ]
+    for method, m in metrics["methods"].items():
+        size, count = f"{m['bytes_on_disk'] / 1e6:.1f}", f"{m['trainable_parameters'] / 1e6:.2f} M"
+        table.rows.append([look_of(method).label, f"{m['accuracy']:.3f}", interval(m["ci"]), size, count])
+    table.notes = list(notes_of(metrics))
     return table
+
+
+def notes_of(metrics: Mapping[str, Any]) -> Iterator[str]:
+    """What is said below a table of methods: the gain, the share of the gap, and the scores with packed weights."""
+    ours, baseline = (look_of(metrics[key]).label.removeprefix("CLM + ") for key in ("ours", "baseline"))
+    if "difference" in metrics:
+        yield f"{ours} - {baseline}: {gain_of(metrics)}."
+        noise = metrics["recovered_share"]["below_noise"]
+        yield (
+            "Recovered share: below noise (the interval of the gap touches 0)."
+            if noise
+            else f"Recovered share of the gap: {share_of(metrics)}."
+        )
+    for method, m in metrics["methods"].items():
+        if "packed" in m:
+            yield f"{look_of(method).label} with packed weights, as they are shipped: {m['packed']:.3f}."
 
 
 def of_runs(title: str, first_column: str, found: Mapping[str, Mapping[str, Any]]) -> Table:
     """Recipes (or experiments) of one task, one a line, below the uncompressed LLM with its LoRA."""
     first = next(iter(found.values()))
-    whole = first["methods"]["llm_lora"]
+    whole, ours = first["methods"]["llm_lora"], first["ours"]
+    keys = list(dict.fromkeys(key for one in found.values() for key in one["methods"] if key.startswith("clm")))
+    gain = f"{short(ours)} - {short(first['baseline'])}".replace("+ ", "")
     table = Table(
         f"{title} ({first['test_items']} test items)",
-        [first_column, "MB with adapter", "CLM", "+ inherited LoRA", "+ LoRA (q, k)", "+ LoRA (equal budget)", "+ CA-LoRA",
-         "95 % interval", "CA-LoRA - LoRA (equal budget)", "recovered share"], {0, 7, 8, 9},
+        [first_column, f"MB with {short(ours).removeprefix('+ ')}", *map(short, keys), "95 % interval", gain, "recovered share"],
+        {0, len(keys) + 2, len(keys) + 3, len(keys) + 4},
     )  # fmt: skip
-    plain, size = f"{first['methods']['llm']['accuracy']:.3f}", f"{whole['bytes_on_disk'] / 1e6:.1f}"
-    table.rows.append(
-        ["uncompressed", size, plain, f"{whole['accuracy']:.3f}", "", "", "", interval(whole["ci"]), "", ""]
-    )
+    beside = {"clm": first["methods"]["llm"], "clm_inherited": whole}
+    scores = [f"{beside[key]['accuracy']:.3f}" if key in beside else "" for key in keys]
+    table.rows.append(["uncompressed", f"{whole['bytes_on_disk'] / 1e6:.1f}", *scores, interval(whole["ci"]), "", ""])
     for name, metrics in found.items():
-        methods, gain = metrics["methods"], metrics["difference"]
-        ours = methods["clm_calora"]
-        table.rows.append(
-            [name, f"{ours['bytes_on_disk'] / 1e6:.1f}", *(f"{methods[m]['accuracy']:.3f}" for m in COMPARED),
-             interval(ours["ci"]), f"{gain['value']:+.3f} {interval(gain['ci'], '+')}", share_of(metrics)]
-        )  # fmt: skip
+        methods = metrics["methods"]
+        own = methods.get(ours)
+        scores = [f"{methods[key]['accuracy']:.3f}" if key in methods else "" for key in keys]
+        size, ci = (f"{own['bytes_on_disk'] / 1e6:.1f}", interval(own["ci"])) if own else ("", "")
+        table.rows.append([name, size, *scores, ci, gain_of(metrics), share_of(metrics)])
     return table

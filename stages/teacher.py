@@ -7,53 +7,51 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from calora.adapters.cards import plain_card
 from calora.adapters.folder import read_plain_lora, write_adapter
+from calora.adapters.foreign import import_lora
 from calora.adapters.lora import attach_adapter, check_targets, lora_config, set_active
-from calora.common.artifacts import fingerprint, replace_directory
-from calora.common.parallel import place
+from calora.common.artifacts import replace_directory
+from calora.common.parallel import only_first_goes_on, place
 from calora.distillation.targets import write_targets
 from calora.distillation.training import Checkpoint
-from calora.errors import CaloraError
-from calora.models.loading import load_model, load_tokenizer
+from calora.models.loading import load_model, load_tokenizer, training_attention
 from calora.models.tasks import Task, encode_all
-from stages.common import BASE, CHECKPOINTS, run, targets, teacher
-from stages.config import Imported, Params
+from stages.common import BASE, CHECKPOINTS, data, run, targets, teacher
+from stages.config import Params
 from stages.splits import read_split, read_task
 from stages.training import run_key, train_lora
 
 
 def main(params: Params, name: str) -> None:
     """The teacher of one task, and its targets."""
-    task = read_task(name)
-    imported = params.teacher.adapters.get(name)
-    saved = take_imported(task, imported) if imported else train_teacher(params, task)
+    task, brought = read_task(name), data(name) / "adapter"
+    model = load_model(BASE, attention=training_attention())
+    saved = None
+    if brought.exists():
+        take_imported(task, brought, model)
+    else:
+        saved = train_teacher(params, task, model)
     store_targets(params, task)
     if saved:
         saved.clear()
 
 
-def train_teacher(params: Params, task: Task) -> Checkpoint:
+def train_teacher(params: Params, task: Task, model: Any) -> Checkpoint:
     """A LoRA trained on the labelled texts; the best one on validation."""
-    model = load_model(BASE, torch.bfloat16, attention="eager")
-    check_targets(model, params.teacher.targets, params.teacher.rank, "teacher")
+    check_targets(model, params.teacher.targets, params.teacher.rank)
     config = lora_config(params.teacher.rank, params.teacher.lora_alpha, params.teacher.targets)
-    folder = teacher(task.name)
-    return train_lora(params, task, model, load_tokenizer(BASE), config, folder, BASE, fingerprint(BASE))
+    return train_lora(params, task, model, load_tokenizer(BASE), config, teacher(task.name), BASE)
 
 
-def take_imported(task: Task, imported: Imported) -> None:
-    """The user's own adapter, recognised by its fingerprint."""
-    folder = Path(imported.path)
-    adapter = read_plain_lora(folder, "name a folder that PEFT wrote")
-    found = fingerprint(folder)
-    if found != imported.sha256:
-        raise CaloraError(
-            folder, f"weights with fingerprint {imported.sha256}", found, "put that into teacher.adapters"
-        )
+def take_imported(task: Task, brought: Path, model: Any) -> None:
+    """The user's own adapter, checked against the base and converted where it can be."""
+    only_first_goes_on()
+    adapter = import_lora(brought, model)
     write_adapter(teacher(task.name), adapter, str(BASE), plain_card(task, str(BASE)), torch.bfloat16)
 
 
@@ -62,11 +60,11 @@ def store_targets(params: Params, task: Task) -> None:
 
     They are gathered where DVC removes nothing, so that an interrupted run goes on from its last shard.
     """
-    model, tokenizer = load_model(BASE, torch.bfloat16, attention="eager"), load_tokenizer(BASE)
+    model, tokenizer = load_model(BASE, attention=training_attention()), load_tokenizer(BASE)
     attach_adapter(model, read_plain_lora(teacher(task.name)), task.name)
     set_active(model, task.name)
     place(model)
-    key = run_key(params, task.name, fingerprint(BASE), fingerprint(teacher(task.name)), params.teacher.top_k)
+    key = run_key(params, task.name, [BASE, teacher(task.name)], (params.teacher.top_k, str(model.dtype)))
     unfinished = CHECKPOINTS / targets(task.name) / key
     for split in ("train", "unlabelled"):
         examples = encode_all(task, tokenizer, read_split(task.name, split))

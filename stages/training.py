@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig
 
+import calora
 from calora.adapters.cards import plain_card
 from calora.adapters.folder import write_adapter
 from calora.common.artifacts import sha256
 from calora.common.parallel import only_first_goes_on
+from calora.common.versions import versions
 from calora.distillation.distill import finetune
 from calora.distillation.training import Checkpoint, Schedule
 from calora.evaluation.predict import accuracy
@@ -22,6 +25,9 @@ from stages.common import CHECKPOINTS, data
 from stages.config import Params
 from stages.splits import read_split
 
+Score = Callable[[], float]
+CODE = (Path(calora.__file__).parent, Path(__file__).parent)
+
 
 def schedule(params: Params) -> Schedule:
     """The schedule of every training."""
@@ -29,47 +35,54 @@ def schedule(params: Params) -> Schedule:
     return Schedule(t.steps, t.lr, t.warmup, t.clip, t.eval_every, t.checkpoint_seconds)
 
 
-def scorer(model: Any, task: Task, tokenizer: Any, params: Params) -> Callable[[], float]:
+def scorer(model: Any, task: Task, tokenizer: Any, params: Params) -> Score:
     """() -> accuracy on the validation split."""
     examples = encode_all(task, tokenizer, read_split(task.name, "validation"))
     return lambda: accuracy(model, task, tokenizer, examples, params.train.eval_batch_size)
 
 
-def run_key(params: Params, task: str, *inputs: object) -> str:
-    """A digest of all that a training depends on: its data, seed and schedule, and `inputs` (fingerprints, parameters)."""
-    digests = [sha256(file) for file in sorted(data(task).glob("*.json*"))]
-    return hashlib.sha256(repr((params.seed, params.train.model_dump_json(), digests, inputs)).encode()).hexdigest()
+def checkpoint(out: Path, key: str) -> Checkpoint:
+    """Where the training that makes `out` saves itself; outside of what DVC removes when a stage starts."""
+    return Checkpoint(CHECKPOINTS / out, key)
 
 
-def checkpoint(folder: Path, key: str) -> Checkpoint:
-    """Where the training of the adapter in `folder` saves itself; outside of what DVC removes when a stage starts."""
-    return Checkpoint(CHECKPOINTS / folder, key)
+def run_key(params: Params, task: str, inputs: Sequence[Path], settings: object) -> str:
+    """A digest of all that a training depends on: only the same one takes its checkpoint up.
+
+    Code and libraries, data, seed and schedule, all files of the folders `inputs`, and `settings`.
+    """
+    files = [versions(), digest(*CODE, suffixes=(".py",)), digest(data(task)), digest(*inputs)]
+    values = [params.seed, params.train.model_dump_json(), json.dumps(settings, sort_keys=True, default=sorted)]
+    return hashlib.sha256(repr((files, values)).encode()).hexdigest()
+
+
+def digest(*folders: Path, suffixes: tuple[str, ...] = ()) -> str:
+    """SHA-256 over the names and bytes of all files below some folders."""
+    whole = hashlib.sha256()
+    for folder in folders:
+        for file in sorted(folder.rglob("*")):
+            if file.is_file() and (not suffixes or file.suffix in suffixes):
+                whole.update(f"{file.relative_to(folder)}\0{sha256(file)}\n".encode())
+    return whole.hexdigest()
 
 
 def train_lora(
-    params: Params,
-    task: Task,
-    model: Any,
-    tokenizer: Any,
-    config: LoraConfig,
-    folder: Path,
-    base: Path,
-    base_fingerprint: str,
-    meta: Mapping[str, object] | None = None,
-) -> Checkpoint:
+    params: Params, task: Task, model: Any, tokenizer: Any, config: LoraConfig, folder: Path, base: Path,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Checkpoint:  # fmt: skip
     """Train a fresh LoRA on the labelled texts and write it, with its curves, to `folder`.
+
+    Args:
+        dtype: of the stored tensors.
 
     Returns:
         The checkpoint of the finished training, for the caller to clear when its stage is done.
     """
-    described = json.dumps(config.to_dict(), sort_keys=True, default=sorted)  # PEFT's targets are a set
-    saved = checkpoint(folder, run_key(params, task.name, base_fingerprint, described))
+    saved = checkpoint(folder, run_key(params, task.name, [base], (config.to_dict(), str(model.dtype))))
     adapter, history = finetune(
         model, config, encode_all(task, tokenizer, read_split(task.name, "train")), scorer(model, task, tokenizer, params),
         batch_size=params.train.batch_size, schedule=schedule(params), seed=params.seed, checkpoint=saved, title=str(folder),
     )  # fmt: skip
     only_first_goes_on()
-    adapter.meta = dict(meta or {})
-    card = plain_card(task, str(base))
-    write_adapter(folder, adapter, str(base), card, model.dtype, {"history.json": history.to_json()})
+    write_adapter(folder, adapter, str(base), plain_card(task, str(base)), dtype, {"history.json": history.to_json()})
     return saved

@@ -138,11 +138,12 @@ def make_project(folder: Path, kind: str = "llama", answers: bool = True) -> Pat
     params["compress"]["calibration"]["texts"] = 8
     params["teacher"] |= {"rank": 4, "lora_alpha": 2, "top_k": 5}
     params["train"] |= {"steps": 6, "warmup": 1, "eval_every": 3, "batch_size": 4, "checkpoint_seconds": 0.001}
-    params["inherit"] |= {"rank": 4, "calibration_texts": 12}
+    ours = params["methods"]["calora"]["start"]
+    ours["bypass"]["rank"], ours["calibration_texts"] = 4, 12
     params["evaluate"] |= {"draws": 100}
     if kind == "t5":
         params["teacher"]["targets"] = ["q", "k"]
-        params["inherit"]["targets"] = ["q", "k", "v", "o", "wi", "wo"]
+        ours["bypass"]["targets"] = ["q", "k", "v", "o", "wi", "wo"]
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     return folder
 

@@ -1,19 +1,22 @@
 """The shape of the project: one direction of imports, and no calora file that a stage uses missing from its deps."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from pipeline.imports import code_of
+from pipeline.imports import code_of, keys_of
 from tests.conftest import ROOT
 
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 OURS = {"calora", "stages", "pipeline"}
 MAY_IMPORT = {
-    "calora": {"calora", "torch", "transformers", "peft", "safetensors", "accelerate", "tqdm", "numpy"},
+    "calora": {
+        "calora", "torch", "transformers", "peft", "safetensors", "accelerate", "huggingface_hub", "tqdm", "numpy", "scipy",
+    },
     "stages": {"calora", "stages", "pydantic", "yaml", "torch", "transformers", "safetensors", "datasets", "huggingface_hub", "sklearn", "matplotlib", "peft", "pyarrow", "requests", "packaging"},
     "pipeline": {
         "pipeline", "stages", "calora", "dvc", "prefect", "pydantic", "yaml", "ruamel", "networkx", "rich", "tqdm", "numpy", "matplotlib",
@@ -51,3 +54,26 @@ def test_deps_name_all_code_that_a_stage_uses(stage):
     body = STAGES[stage].get("do", STAGES[stage])
     code = [dep for dep in body["deps"] if dep.startswith(("calora/", "stages/"))]
     assert sorted(code) == sorted(code_of(stage)), "run `python -m pipeline.imports`"
+
+
+MEANT = {"calibration": "compress.calibration", "compressions": "compress.${item}"}  # properties of Params
+
+
+@pytest.mark.parametrize("stage", sorted(STAGES))
+def test_params_name_every_key_that_a_stage_reads(stage):
+    body = STAGES[stage].get("do", STAGES[stage])
+    listed = body.get("params", [])
+    read = {re.sub(r"\.(model_dump\w*|get|items|values)$", "", key) for key in keys_of(stage)}
+    for key in read:
+        first, _, rest = key.partition(".")
+        key = MEANT[first] if first in MEANT else f"{first}.{rest}".rstrip(".")
+        assert any(key == one or f"{key}.".startswith(f"{one}.") or one == f"{key}.${{item}}" for one in listed), key
+    unread = [
+        one
+        for one in listed
+        if not any(
+            f"{key}.".startswith(f"{one}.") or one.startswith(key)
+            for key in map(lambda k: MEANT.get(k.split(".")[0], k), read)
+        )
+    ]
+    assert not unread

@@ -16,8 +16,9 @@ from pipeline.experiment import Experiment, Found, differing, read_experiment
 from pipeline.page import DETAILED, page
 from pipeline.seeds import over_seeds
 from pipeline.show import REPORTS, SERVED, difference, show_results
-from stages.plots import METHODS
+from stages.looks import LOOKS as METHODS
 
+PARAMS = {"tasks": ["movies"], "recipes": ["q8_up"], "evaluate": {"ours": "calora"}}
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -30,15 +31,23 @@ def results(score: float) -> dict[str, dict]:
     }  # fmt: skip
     share = {"value": 0.9, "ci": [0.7, 1.1], "below_noise": False}
     gain = {"value": 0.05, "ci": [0.03, 0.07]}
-    metrics = {"test_items": 1500, "methods": methods, "difference": gain, "recovered_share": share}
+    methods["clm_calora"] |= {"difference": gain, "recovered_share": share, "packed": 0.79}
+    metrics = {
+        "test_items": 1500, "methods": methods, "ours": "clm_calora", "baseline": "clm_lora", "difference": gain, "recovered_share": share,
+    }  # fmt: skip
     curve = [{"step": step, "score": 0.7 + step / 1000} for step in (0, 40, 80, 120)]
     errors = {f"model.layers.{n}.{kind}": [0.2 + score * n / 100, 0.1] for n in range(30) for kind in LAYERS}
     return {
         "models/evaluated/movies/q8_up/metrics.json": metrics,
         "models/evaluated/movies/q8_up/curves.json": {"clm_lora": curve, "clm_calora": curve},
         "models/evaluated/movies/q8_up/predictions.json": {m: {"correct": [1, 0], "answers": []} for m in METHODS},
-        "models/inherited/movies/q8_up/inherit.json": {"errors": errors},
+        "models/inherited/movies/q8_up/calora/inherit.json": {"errors": errors},
     }
+
+
+def found_of(score):
+    files = {"params.yaml": PARAMS, **results(score)}
+    return reading._found(lambda path: json.dumps(files[path]), "movies/q8_up")
 
 
 @pytest.fixture
@@ -49,10 +58,11 @@ def project(tmp_path, monkeypatch):
     def files_of(root, name):
         if name not in found:
             raise CaloraError("commit", "one", name, "another")
-        params = {"tasks": ["movies"], "recipes": ["q8_up"], "distill": {"alpha": 0.01 if name == "low" else 0.1}}
+        params = {**PARAMS, "distill": {"alpha": 0.01 if name == "low" else 0.1}}
         return lambda path: yaml.safe_dump(params) if path == "params.yaml" else json.dumps(found[name][path])
 
     monkeypatch.setattr(reading, "files_of", files_of)
+    monkeypatch.setattr(reading, "begun_at", lambda root, name: "a commit")
     return tmp_path
 
 
@@ -70,7 +80,7 @@ def test_the_page_stands_alone_and_tells_the_experiments_apart(project, capsys):
 
 def test_a_page_of_many_runs_stays_below_3_mb():
     def run(number):
-        found = reading._found(lambda path: json.dumps(results(0.6 + number / 1000)[path]), "movies/q8_up")
+        found = found_of(0.6 + number / 1000)
         return Experiment({"movies": {"q8_up": found}}, {"distill.alpha": number})
 
     one, two, three = (page({f"experiment{i}": run(i) for i in range(count)}) for count in (1, 2, 3))
@@ -91,11 +101,11 @@ def test_the_overview_has_a_line_for_each_with_the_parameters_that_differ(projec
     assert lines[1].split()[:3] == ["low", "movies", "q8_up"] and lines[2].split()[-1] == "0.1" and "+0.050" in lines[1]
 
 
-def seeded(ours, fresh, **params):
+def seeded(ours, fresh, commit="one", **params):
     """An experiment of 100 test items, so many of them right."""
     correct = {name: [1] * right + [0] * (100 - right) for name, right in (("clm_calora", ours), ("clm_lora", fresh))}
-    found = reading._found(lambda path: json.dumps(results(0.8)[path]), "movies/q8_up")
-    return Experiment({"movies": {"q8_up": Found(found.metrics, found.curves, {}, correct)}}, params)
+    found = found_of(0.8)
+    return Experiment({"movies": {"q8_up": Found(found.metrics, found.curves, {}, correct)}}, params, commit)
 
 
 def test_runs_that_differ_by_their_seed_alone_are_taken_together(project, capsys):
@@ -107,9 +117,12 @@ def test_runs_that_differ_by_their_seed_alone_are_taken_together(project, capsys
     table = over_seeds(runs)
     (row,) = table.rows
     assert table.header[:4] == ["task", "recipe", "alpha", "seeds"] and len(row) == len(table.header)
-    assert row[:6] == ["movies", "q8_up", "0.1", "0, 1", "0.700", "0.850"] and row[-1].startswith("+0.150 [+0.")
+    assert row[:4] == ["movies", "q8_up", "0.1", "0, 1"] and row[-1].startswith("+0.150 [")
+    assert row[4:6] == ["0.700 (+ LoRA (equal budget))", "0.850 (+ CA-LoRA)"]
     assert "Means over seeds" in page(runs)
     assert over_seeds({"c": runs["c"], "b": seeded(90, 70, seed=0, alpha=0.2)}) is None
+    assert over_seeds({"a": runs["a"], "b": seeded(90, 70, "another", seed=1, alpha=0.1)}) is None  # of other code
+    assert over_seeds({"a": runs["a"], "again": seeded(10, 70, seed=0, alpha=0.1)}) is None  # one seed, twice
     assert "Means over seeds" not in compare(project, ["low", "<high>"]).read_text(encoding="utf-8")
 
 
@@ -121,8 +134,8 @@ def test_a_run_shows_tables_pictures_and_its_report(project, tmp_path, prefect_a
     write_text(folder / "results/table.md", "| table |")
     write_text(folder / "results/summary.json", json.dumps({"movies": {"q8_up": {"clm_calora": 0.86}}}))
     write_text(folder / "results/plots/movies-bytes.png", "")
-    write_text(folder / "results/movies/q8_up/curves/train/loss.tsv", "step\tloss\n1\t0.6\n2\t0.4\n")
-    for path, content in {"params.yaml": {"tasks": ["movies"], "recipes": ["q8_up"]}, **results(0.8)}.items():
+    write_text(folder / "results/movies/q8_up/curves/calora/train/loss.tsv", "step\tloss\n1\t0.6\n2\t0.4\n")
+    for path, content in {"params.yaml": PARAMS, **results(0.8)}.items():
         write_text(folder / path, json.dumps(content))
     root.mkdir()
     git(root, "init", "--quiet")
@@ -135,11 +148,11 @@ def test_a_run_shows_tables_pictures_and_its_report(project, tmp_path, prefect_a
     assert shown["methods"]["data"] == "| table |" and shown["methods"]["type"] == "markdown"
     (row,) = json.loads(shown["difference"]["data"])
     assert row["metric"] == "clm_calora" and row["after"] == 0.86
-    assert {shown[key]["type"] for key in ("movies-bytes", "movies-q8-up-loss")} == {"image"}
+    assert {shown[key]["type"] for key in ("movies-bytes", "movies-q8-up-calora-loss")} == {"image"}
     assert "http://127.0.0.1:1/mine/report.html" in shown["report"]["data"]
     kept = root / REPORTS / "mine"
     assert "<table>" in (kept / "report.html").read_text(encoding="utf-8")
-    assert (kept / "plots/movies-q8_up-loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (kept / "plots/movies-q8_up-calora-loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_an_experiment_without_results_is_named(project):

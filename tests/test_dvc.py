@@ -64,11 +64,12 @@ def test_nothing_changed_runs_nothing(project):
 def test_alpha_reruns_distill_and_evaluate_and_going_back_restores(project):
     curves = project / "models/calora/toy/q8_up/history.json"
     first = sha256(curves)
-    again = {f"{s}@toy-{r}" for s in ("distill", "evaluate") for r in ("q8", "q8_up")}
-    change(project, "distill.alpha", 0.5)
-    assert ran(dvc(project, "repro")) == again | {"report"}
+    again = {f"{stage}@toy-{r}-calora" for stage in ("distill", "score") for r in ("q8", "q8_up")}
+    again |= {f"evaluate@toy-{r}" for r in ("q8", "q8_up")}
+    change(project, "methods.calora.loss.alpha", 0.5)
+    assert ran(dvc(project, "repro")) == again | {"methods", "report"}
     assert sha256(curves) != first
-    change(project, "distill.alpha", 0.055)
+    change(project, "methods.calora.loss.alpha", 0.055)
     assert ran(dvc(project, "repro")) == {"report"}  # cheap, and its outputs are kept in git, not in the cache
     assert sha256(curves) == first
 
@@ -76,7 +77,10 @@ def test_alpha_reruns_distill_and_evaluate_and_going_back_restores(project):
 def test_a_recipe_reruns_only_what_follows_from_it(project):
     change(project, "compress.q8", [{"quantize": {"format": "int8", "embeddings": "none"}}])
     output = ran(dvc(project, "repro"))
-    assert {"compress@q8", "inherit@toy-q8", "distill@toy-q8", "controls@toy-q8", "evaluate@toy-q8"} <= output
+    of_methods = {
+        f"{stage}@toy-q8-{m}" for stage in ("inherit", "distill", "score") for m in ("clm", "clm_lora", "calora")
+    }
+    assert {"compress@q8", *of_methods, "evaluate@toy-q8"} <= output
     assert not [stage for stage in output if "q8_up" in stage or stage.startswith(("teacher", "download", "reference"))]
 
 
@@ -89,9 +93,9 @@ def test_a_docstring_reruns_its_stage_at_most(project):
 @pytest.mark.parametrize(
     ("stage", "how", "made"),
     [
-        (("distill", "toy", "q8_up"), signal.SIGINT, "models/calora/toy/q8_up/recovery.safetensors"),
+        (("distill", "toy", "q8_up", "calora"), signal.SIGINT, "models/calora/toy/q8_up/recovery.safetensors"),
         (
-            ("baseline", "toy", "q8_up", "clm_lora"),
+            ("distill", "toy", "q8_up", "clm_lora"),
             signal.SIGKILL,
             "models/clm_lora/toy/q8_up/adapter_model.safetensors",
         ),

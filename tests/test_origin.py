@@ -7,10 +7,10 @@ from calora.adapters.lora import Adapter, attach_adapter, inject, lora_config, l
 from calora.adapters.origin import Origin
 from calora.common.leastsquares import compensated
 from calora.compressed import load
-from calora.compression.__init__ import compress
+from calora.compression import compress
 from calora.compression.walk import Calibration
 from calora.errors import CaloraError
-from calora.inheritance.inherit import carry_lora, inherit
+from calora.inheritance.inherit import Bypass, carry_lora, inherit
 from calora.models.anatomy import linear_layers
 from calora.models.loading import load_model
 from calora.saving import save
@@ -69,7 +69,7 @@ def test_cutting_only_silent_neurons_changes_nothing(tmp_path, toy, compensate, 
     assert torch.equal(
         adapter.lora[f"{name}.down_proj.lora_A.weight"], teacher.lora[f"{name}.down_proj.lora_A.weight"][:, 1::2]
     )
-    assert told["sliced"][f"{name}.up_proj"] == [32, 48] and told["mapped"][f"{name}.up_proj"] == [32, 24]
+    assert told.sliced[f"{name}.up_proj"] == [32, 48] and told.mapped[f"{name}.up_proj"] == [32, 24]
 
 
 @pytest.mark.parametrize("importance", ["activation", "taylor"])
@@ -81,7 +81,7 @@ def test_cutting_only_silent_heads_changes_nothing(tmp_path, toy, importance):
     step = {"shrink": {"importance": importance, "compensate": True, "heads": 0.5}}
     before, after, told, _, _ = shrunk(tmp_path, toy, silence, step, ["q_proj", "k_proj", "v_proj"])
     torch.testing.assert_close(after, before, **EXACT)
-    assert told["sliced"]["model.layers.0.self_attn.k_proj"] == [32, 16]
+    assert told.sliced["model.layers.0.self_attn.k_proj"] == [32, 16]
 
 
 @pytest.mark.parametrize("importance", ["activation", "taylor"])
@@ -93,7 +93,7 @@ def test_cutting_only_a_silent_layer_changes_nothing_and_is_told(tmp_path, toy, 
     step = {"shrink": {"importance": importance, "compensate": False, "layers": 0.5}}
     before, after, told, adapter, teacher = shrunk(tmp_path, toy, silence, step, ["q_proj", "gate_proj"])
     torch.testing.assert_close(after, before, **EXACT)
-    assert {key.split(".lora_")[0] for key in told["dropped"]} == {
+    assert {key.split(".lora_")[0] for key in told.dropped} == {
         f"model.layers.0.{n}" for n in ("self_attn.q_proj", "mlp.gate_proj")
     }
     now, then = "model.layers.0.self_attn.q_proj.lora_A.weight", "model.layers.1.self_attn.q_proj.lora_A.weight"
@@ -104,7 +104,7 @@ def test_experts_in_another_order_keep_every_lora(tmp_path, toy):
     step = {"moefy": {**EXPERTS, "active": 0.99, "shared": 3}}
     before, after, told, _, _ = shrunk(tmp_path, toy, lambda _: None, step, EVERY)
     torch.testing.assert_close(after, before, **EXACT)
-    assert not told["sliced"] and not told["dropped"]
+    assert not told.sliced and not told.dropped
 
 
 def test_the_warm_start_of_a_cut_layer_is_zero_where_nothing_was_lost(tmp_path, toy):
@@ -121,9 +121,9 @@ def test_the_warm_start_of_a_cut_layer_is_zero_where_nothing_was_lost(tmp_path, 
     )
     teacher = teacher_of(load_model(base, torch.float32), ["q_proj"])
     origin = Origin(report["kept"], report["layers_kept"])
-    options = {"targets": ["down_proj", "up_proj"], "rank": 4, "activation": "gelu", "start": "weighted_error"}
-    adapter, told = inherit(model, whole, teacher, toy[2], **options, origin=origin)
-    assert set(map(tuple, told["errors"].values())) == {(0.0, 0.0)}  # so nothing that the start could remove
+    bypass = Bypass(["down_proj", "up_proj"], 4, "gelu", "weighted_error")
+    adapter, told = inherit(model, teacher, bypass=bypass, reference=whole, calibration=toy[2], origin=origin)
+    assert set(map(tuple, told.errors.values())) == {(0.0, 0.0)}  # so nothing that the start could remove
     assert not any(bool(t.any()) for key, t in adapter.recovery.items() if key.endswith(".up"))
 
 

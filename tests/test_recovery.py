@@ -5,11 +5,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from calora.adapters.lora import Adapter, inject, lora_config, lora_state
-from calora.compression.__init__ import compress
+from calora.adapters.lora import Adapter, attach_adapter, inject, lora_config, lora_state, set_active
+from calora.compression import compress
 from calora.compression.walk import Calibration
 from calora.errors import CaloraError
-from calora.inheritance.inherit import inherit
+from calora.inheritance.inherit import Bypass, inherit
 from calora.layers.codes import fit_grid
 from calora.layers.layout import dense_weight
 from calora.layers.packed import PackedLinear, Packing
@@ -111,9 +111,11 @@ def test_the_warm_start_is_fitted_to_what_the_uncompressed_model_sees(toy, llama
     teacher = Adapter(lora_config(4, 2, ["q_proj"]), lora)
     compress(compressed, [{"prune": {"score": "magnitude", "pattern": "2:4"}}], Calibration(examples))
     whole = load_model(llama, torch.bfloat16)
-    adapter, report = inherit(
-        compressed, whole, teacher, examples, targets=["down_proj"], rank=4, activation="gelu", start="weighted_error"
-    )
+    bypass = Bypass(["down_proj"], 4, "gelu", "weighted_error")
+    adapter, report = inherit(compressed, teacher, bypass=bypass, reference=whole, calibration=examples)
+    assert not hasattr(whole, "peft_config")  # the reference is as it was
+    attach_adapter(whole, teacher, "t")
+    set_active(whole, "t")
     seen = []
     name = "model.layers.1.mlp.down_proj"
     whole.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2).double()))
@@ -129,7 +131,7 @@ def test_the_warm_start_is_fitted_to_what_the_uncompressed_model_sees(toy, llama
     torch.testing.assert_close(rest, best, rtol=5e-3, atol=0.0)  # the inputs are bf16, batched in another way here
     whole_output = (x @ linear_layers(whole)[name].weight.double().T).norm()
     expected = [float((x @ error.T).norm() / whole_output), float(rest / whole_output)]
-    assert report["errors"][name] == pytest.approx(expected, rel=1e-2)
+    assert report.errors[name] == pytest.approx(expected, rel=1e-2)
 
 
 def test_what_is_switched_off_is_not_there(toy, llama):
@@ -140,17 +142,22 @@ def test_what_is_switched_off_is_not_there(toy, llama):
     inject(reference, config, "t")
     teacher = Adapter(config, {key: torch.ones_like(t) for key, t in lora_state(reference, "t").items()})
     compress(model, [{"prune": {"score": "magnitude", "pattern": "2:4"}}], Calibration(examples))
-    options = {"targets": ["down_proj"], "rank": 4, "activation": "gelu", "start": "weighted_error"}
+    bypass = Bypass(["down_proj"], 4, "gelu", "weighted_error")
+    reference = load_model(llama, torch.bfloat16)
 
-    def made(**off):
-        return inherit(model, load_model(llama, torch.bfloat16), teacher, examples, **options, **off)
+    def made(lora="inherited", bypass=bypass):
+        return inherit(model, teacher, lora=lora, bypass=bypass, reference=reference, calibration=examples)
 
-    (whole, _), (alone, told), (fresh, _) = made(), made(bypass=False), made(lora=False)
-    assert not alone.recovery and not told["errors"] and alone.meta["recovery"] is False
+    (whole, _), (alone, told), (fresh, _) = made(), made(bypass=None), made(lora="fresh")
+    assert not alone.recovery and not told.errors and "activation" not in alone.meta
     assert all(torch.equal(alone.lora[key], tensor) for key, tensor in whole.lora.items())
     assert fresh.lora.keys() == whole.lora.keys() and fresh.recovery.keys() == whole.recovery.keys()
     for key, tensor in fresh.lora.items():
         assert bool(tensor.any()) == (".lora_A." in key)
     assert not torch.equal(*(a.recovery["model.layers.1.mlp.down_proj.down"] for a in (whole, fresh)))
-    again, _ = made(lora=False)
+    again, _ = made(lora="fresh")
     assert all(torch.equal(fresh.lora[key], tensor) for key, tensor in again.lora.items())
+    (bare, report), (empty, _) = made(lora="none"), made(lora="none", bypass=None)
+    assert bare.config is None and not bare.lora and not report.mapped
+    assert all(torch.equal(bare.recovery[key], tensor) for key, tensor in fresh.recovery.items())
+    assert not empty.parameters

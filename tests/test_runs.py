@@ -42,15 +42,15 @@ def project(tmp_path, monkeypatch):
 
 def test_empty_fields_change_nothing_and_filled_ones_their_keys():
     assert changes(Settings()) == {} == changes(Settings(recipes=[]))
-    filled = Settings(alpha=0.1, recipes=["q8"], recover="off", other={"train.lr": 0.002})
-    expected = {"distill.alpha": 0.1, "recipes": ["q8"], "inherit.bypass": False, "train.lr": 0.002}
+    filled = Settings(alpha=0.1, recipes=["q8"], methods=["paper"], other={"train.lr": 0.002})
+    expected = {"methods.calora.loss.alpha": 0.1, "recipes": ["q8"], "compare": ["paper"], "train.lr": 0.002}
     assert changes(filled) == expected
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [("alpha", -1), ("alpha", float("nan")), ("alpha", "high"), ("rank", 0), ("steps", 1.5), ("recipes", ["q9"]),
-     ("activation", "tanh"), ("inherit", "maybe"), ("seed", -1), ("no_such_field", 1)],
+     ("activation", "tanh"), ("methods", ["maybe"]), ("seed", -1), ("no_such_field", 1)],
 )  # fmt: skip
 def test_impossible_values_are_refused_by_name(field, value):
     with pytest.raises(ValueError, match=field):
@@ -391,8 +391,8 @@ def test_dvc_plots_need_no_network(project):
 
 
 def test_a_sweep_has_every_combination_under_names_of_their_own():
-    found = cells(["distill.alpha=0.01,0.05", "recipes=q8,nf4"])
-    assert len(found) == 4 and found[0] == {"distill.alpha": 0.01, "recipes": ["q8"]}
+    found = cells(["methods.calora.loss.alpha=0.01,0.05", "recipes=q8,nf4"])
+    assert len(found) == 4 and found[0] == {"methods.calora.loss.alpha": 0.01, "recipes": ["q8"]}
     assert label_of(found[0]) == "alpha0.01-recipesq8"
     assert len({name_of("sweep", cell, commit) for cell in found for commit in ("a", "b")}) == 8
     for bad in ("alpha", "alpha=", "=1"):

@@ -23,11 +23,13 @@ from calora.models.tasks import Example
 from stages.config import load_params
 from tests.conftest import ROOT, change, make_project
 
-STAGES = (
-    ("base",), ("download", "toy"), ("calibration",), ("teacher", "toy"), ("compress", "q8_up"),
-    ("inherit", "toy", "q8_up"), ("baseline", "toy", "q8_up", "clm_lora"), ("baseline", "toy", "q8_up", "clm_lora_qk"),
-    ("small", "toy"), ("reference", "toy"), ("distill", "toy", "q8_up"), ("controls", "toy", "q8_up"), ("evaluate", "toy", "q8_up"), ("report",),
+FIRST = (
+    ("methods",), ("base",), ("download", "toy"), ("calibration",), ("teacher", "toy"), ("compress", "q8_up"),
+    ("small", "toy"), ("reference", "toy"),
 )  # fmt: skip
+LAST = (("evaluate", "toy", "q8_up"), ("report",))
+OF_METHODS = ("inherit", "distill", "score")
+COMPARED = ["clm", "clm_inherited", "clm_lora", "clm_lora_qk", "calora"]
 
 
 def calibration_texts(folder: Path) -> None:
@@ -38,7 +40,8 @@ def calibration_texts(folder: Path) -> None:
 def run_all(folder: Path) -> None:
     os.chdir(folder)
     params = load_params()
-    for name, *arguments in STAGES:
+    of_methods = ((stage, "toy", "q8_up", method) for method in params.compare for stage in OF_METHODS)
+    for name, *arguments in (*FIRST, *of_methods, *LAST):
         if name == "calibration":  # the embedded corpora come from the network
             calibration_texts(folder)
         else:
@@ -49,7 +52,8 @@ def run_all(folder: Path) -> None:
 def project(tmp_path_factory):
     before = Path.cwd()
     folder = make_project(tmp_path_factory.mktemp("llama"))
-    change(folder, "inherit.activation", "identity")
+    change(folder, "methods.calora.start.bypass.activation", "identity")
+    change(folder, "compare", COMPARED)
     run_all(folder)
     yield folder
     os.chdir(before)
@@ -59,9 +63,12 @@ def project(tmp_path_factory):
 def test_every_stage_for_other_families_and_generated_answers(tmp_path, kind, answers, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = make_project(tmp_path / "p", kind, answers)
+    change(folder, "compare", [*COMPARED, "paper"])
     run_all(folder)
     methods = json.loads((folder / "results/toy/q8_up/metrics.json").read_text())["methods"]
-    assert {"llm", "llm_lora", "clm", "clm_inherited", "clm_lora", "clm_lora_qk", "clm_calora"} <= set(methods)
+    assert {"llm", "llm_lora", "clm", "clm_inherited", "clm_lora", "clm_lora_qk", "clm_calora", "clm_paper"} <= set(
+        methods
+    )
     assert ("small_lora" in methods) == answers
     assert ("em" in methods["llm"]) != answers
 
@@ -141,7 +148,7 @@ def logits_of(model):
 
 
 def test_zero_bypass_starts_at_the_inherited_lora(project, tmp_path):
-    adapter = read_adapter(project / "models/inherited/toy/q8_up")
+    adapter = read_adapter(project / "models/inherited/toy/q8_up/calora")
     adapter.recovery = {k: v * 0 if k.endswith(".up") else v for k, v in adapter.recovery.items()}
     write_adapter(tmp_path / "zero", adapter, "base", "", torch.bfloat16)
     plain = Adapter(adapter.config, adapter.lora, {}, {**adapter.meta, "recovery": False})
@@ -209,12 +216,13 @@ def test_an_adapter_of_ones_own_is_imported(project, tmp_path, monkeypatch):
     shutil.copytree(project, folder, symlinks=True)
     monkeypatch.chdir(folder)
     own = calora.common.artifacts.fingerprint(folder / "models/teacher/toy")
-    shutil.copytree(folder / "models/teacher/toy", folder / "own")
-    change(folder, "teacher.adapters", {"toy": {"path": "own", "sha256": "0" * 64}})
+    shutil.copytree(folder / "models/teacher/toy", folder / "own/lora")
+    change(folder, "teacher.adapters", {"toy": {"path": "own/lora", "sha256": "0" * 64}})
     with pytest.raises(CaloraError, match=own):
-        importlib.import_module("stages.teacher").main(load_params(), "toy")
-    change(folder, "teacher.adapters", {"toy": {"path": "own", "sha256": own}})
-    importlib.import_module("stages.teacher").main(load_params(), "toy")
+        importlib.import_module("stages.download").main(load_params(), "toy")
+    change(folder, "teacher.adapters", {"toy": {"path": "own/lora"}})
+    for stage in ("download", "teacher"):
+        importlib.import_module(f"stages.{stage}").main(load_params(), "toy")
     assert calora.common.artifacts.fingerprint(folder / "models/teacher/toy") == own
 
 

@@ -1,21 +1,24 @@
 """The training loop: gradients are plain PEFT's, runs are deterministic, a killed run resumes to the same bits."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
 from calora.adapters.lora import inject, lora_config, lora_state, set_active
+from calora.common.artifacts import whole_directory
 from calora.common.batching import epoch_batches, equal_length_batches, length_batches
 from calora.common.progress import progress
 from calora.distillation.distill import answer_divergence, finetune, hidden_distance, task_loss, trainable
 from calora.distillation.targets import Targets, write_targets
-from calora.distillation.training import Checkpoint, MasterWeights, Schedule
+from calora.distillation.training import Checkpoint, MasterWeights, Schedule, train
 from calora.errors import CaloraError
-from calora.evaluation.predict import accuracy
+from calora.evaluation.predict import accuracy, predict
 from calora.models.families import DecoderOnly, family_of
 from calora.models.loading import load_model, load_tokenizer
-from calora.models.tasks import encode_all
-from tests.conftest import TASK, toy_rows
+from calora.models.tasks import Task, encode_all
+from tests.conftest import TASK, make_model, toy_rows
 
 SCHEDULE = Schedule(steps=8, lr=5e-3, warmup=2, clip=1.0, eval_every=4, checkpoint_seconds=0.0)
 
@@ -88,6 +91,56 @@ def test_a_killed_run_resumes_to_the_same_bits(llama, tmp_path):
     assert saved.read() is None  # a broken checkpoint starts the run anew
 
 
+def test_a_kill_after_the_first_evaluation_does_not_cost_it(tmp_path):
+    def killed(step):
+        raise KeyboardInterrupt
+
+    def loss(step):
+        return {"loss": (parameter * torch.arange(1.0, 4.0)).sum()}, 3
+
+    def scored():
+        scores.append(1)
+        return 0.5
+
+    scores, schedule = [], Schedule(2, 1e-2, 1, 1.0, eval_every=2, checkpoint_seconds=0.0)
+    parameter, saved = torch.nn.Parameter(torch.ones(3)), Checkpoint(tmp_path, "key")
+    with pytest.raises(KeyboardInterrupt):
+        train([parameter], killed, scored, schedule, torch.float32, saved)
+    history = train([parameter], loss, scored, schedule, torch.float32, saved)
+    assert [row["step"] for row in history.scores] == [0, 2] and len(scores) == 2
+    other = torch.nn.Parameter(torch.ones(3))
+    never = Schedule(2, 1e-2, 1, 1.0, eval_every=2, checkpoint_seconds=60.0)
+    with pytest.raises(KeyboardInterrupt):
+        train([other], killed, scored, never, torch.float32, Checkpoint(tmp_path / "quick", "key"))
+    assert not (tmp_path / "quick").exists()  # a quick evaluation is cheaper than a checkpoint
+
+
+class NaNBackward(torch.autograd.Function):
+    """The sum, with a gradient of NaN."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.full((3,), float("nan"))
+
+
+def test_a_gradient_that_is_not_finite_is_an_error():
+    parameter, schedule = torch.nn.Parameter(torch.ones(3)), Schedule(2, 1e-2, 1, 1.0, 0, 60.0)
+    with pytest.raises(CaloraError, match="toy, step 0: expected a finite gradient"):
+        train(
+            [parameter],
+            lambda step: ({"loss": NaNBackward.apply(parameter)}, 3),
+            lambda: 0.0,
+            schedule,
+            torch.float32,
+            title="toy",
+        )
+    assert torch.equal(parameter.detach(), torch.ones(3))
+
+
 def test_training_is_deterministic(llama):
     (first, _), (second, _) = run(llama), run(llama)
     assert all(torch.equal(first[key], second[key]) for key in first)
@@ -134,6 +187,34 @@ def test_batches_use_each_index_once_an_epoch():
     plan = epoch_batches(lengths, 2, 8, seed=0)
     assert sorted(i for b in plan[:4] for i in b) == sorted(i for b in plan[4:] for i in b) == list(range(8))
     assert plan == epoch_batches(lengths, 2, 8, seed=0) != epoch_batches(lengths, 2, 8, seed=1)
+    with pytest.raises(CaloraError, match="at least one text"):
+        epoch_batches([], 2, 8, seed=0)
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_a_kill_while_a_folder_is_replaced_leaves_one(renames, tmp_path, monkeypatch):
+    target = tmp_path / "artifact"
+
+    def write(text):
+        with whole_directory(target) as scratch:
+            (scratch / "file").write_text(text)
+
+    def killed(path, to):
+        if len(done) == renames:
+            raise KeyboardInterrupt
+        done.append(path)
+        return rename(path, to)
+
+    write("old")
+    rename, done = Path.rename, []
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", killed)
+        write("new")
+    with pytest.raises(ValueError), whole_directory(target):
+        raise ValueError
+    assert (target / "file").read_text() == "old"
+    write("newer")
+    assert (target / "file").read_text() == "newer" and [p.name for p in tmp_path.iterdir()] == ["artifact"]
 
 
 def test_targets_go_on_where_they_were_interrupted(toy, tmp_path, monkeypatch):
@@ -178,3 +259,20 @@ def test_progress_is_lines_where_there_is_no_terminal(capsys, monkeypatch):
     assert list(progress(range(3), "counting", "steps")) == [0, 1, 2]
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1].startswith("counting: 3 of 3 steps") and "\r" not in "".join(lines)
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_the_teachers_own_answer_ends_at_any_end_token(kind, tmp_path, monkeypatch):
+    folder = make_model(kind, tmp_path / kind, torch.float32)
+    model, tokenizer = load_model(folder, torch.float32), load_tokenizer(folder)
+    task = Task("toy", "{text}", (), 16, 6)
+    examples = encode_all(task, tokenizer, [{"text": row["text"]} for row in toy_rows(6, 2)])
+    free = family_of(model).generate(model, examples, 6)
+    end = free[0][2]
+    model.config.eos_token_id = [1, end]
+    write_targets(tmp_path / "targets", model, task, tokenizer, examples, 3, 5, "targets")
+    answers = [e.answer_ids for e in Targets(tmp_path / "targets").with_answers(examples)]
+    assert answers == [ids[: ids.index(end) + 1] if end in ids else ids for ids in free]
+    assert answers[0][-1] == end and len(answers[0]) < 6
+    words = [predicted.split() for predicted in predict(model, task, tokenizer, examples, 3).answers]
+    assert all(tokenizer.decode([end]) not in each for each in words)

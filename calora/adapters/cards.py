@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
+import json
+
+from huggingface_hub import ModelCard, ModelCardData
+
 from calora.models.tasks import Task
 
 
 def plain_card(task: Task, base: str) -> str:
     """The card of a plain LoRA."""
-    return f"""---
-library_name: peft
-base_model: {base}
-tags: [lora]
----
-
-# LoRA for `{task.name}`
-
-A plain PEFT LoRA. Prompt: `{task.prompt!r}`; answers: {list(task.answers) or "generated"}.
-"""
+    return _card(base, ["lora"], f"# LoRA for {_code(task.name)}\n\nA plain PEFT LoRA.\n\n{_described(task)}")
 
 
 def calora_card(task: Task, base: str, origin: str, whole: float, lora_alone: float) -> str:
     """The card of a CA-LoRA adapter, with its validation accuracy as a whole and without the recovery part."""
-    return f"""---
-library_name: peft
-base_model: {base}
-tags: [lora, ca-lora, compression]
----
+    body = f"""# CA-LoRA adapter for {_code(task.name)}
 
-# CA-LoRA adapter for `{task.name}`
-
-For the compressed base `{base}` and no other: `calora.json` holds its fingerprint. Inherited from `{origin}`.
+For the compressed base {_code(base)} and no other: `calora.json` holds its fingerprint. Inherited from {_code(origin)}.
 
 | loaded with | validation accuracy |
 |---|---|
@@ -39,11 +28,30 @@ For the compressed base `{base}` and no other: `calora.json` holds its fingerpri
 ```python
 import calora
 
-model = calora.load("{base}")
-model.load_adapter("<this folder>", "{task.name}")
-model.set_adapter("{task.name}")
+model = calora.load({json.dumps(base)})
+model.load_adapter("<this folder>", {json.dumps(task.name)})
+model.set_adapter({json.dumps(task.name)})
 print(model.answer(["..."]))
 ```
 
-Prompt: `{task.prompt!r}`; answers: {list(task.answers) or "generated"}. Method: arXiv 2307.07705.
+{_described(task)} Method: arXiv 2307.07705.
 """
+    return _card(base, ["lora", "ca-lora", "compression"], body)
+
+
+def _card(base: str, tags: list[str], body: str) -> str:
+    data = ModelCardData(library_name="peft", base_model=base, tags=tags)
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body.rstrip()}\n"))
+
+
+def _described(task: Task) -> str:
+    answers = ", ".join(map(_code, map(repr, task.answers)))
+    return f"Prompt: {_code(repr(task.prompt))}; answers: {answers or 'generated'}."
+
+
+def _code(text: str) -> str:
+    """Text as inline code, whatever backticks it holds."""
+    fence = "`"
+    while fence in text:
+        fence += "`"
+    return f"{fence} {text} {fence}" if len(fence) > 1 else f"`{text}`"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from calora.adapters.lora import Adapter, lora_config, lora_scale
+from calora.adapters.lora import Adapter, lora_scale, plain_config
 from calora.errors import CaloraError
 
 
@@ -16,14 +17,14 @@ def fold(adapter: Adapter) -> Adapter:
     Raises:
         CaloraError: the bypass is not linear (`activation` is not `identity`).
     """
-    activation = adapter.meta.get("activation", "identity")
-    if activation != "identity":
-        raise CaloraError("fold", "activation: identity", activation, "train with inherit.activation: identity")
-    lora, ranks = {}, {}
-    layers = {key.split(".lora_")[0] for key in adapter.lora} | {key.rsplit(".", 1)[0] for key in adapter.recovery}
-    for layer in sorted(layers):
+    activation = adapter.meta.get("activation")
+    if adapter.recovery and activation != "identity":
+        raise CaloraError("fold", "activation: identity", activation, "train it with a linear bypass")
+    lora: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    for layer in sorted({*adapter.lora_layers, *adapter.bypass_layers}):
         rows, columns = [], []
-        if f"{layer}.lora_A.weight" in adapter.lora:
+        if adapter.config is not None and f"{layer}.lora_A.weight" in adapter.lora:
             a, b = adapter.lora[f"{layer}.lora_A.weight"].float(), adapter.lora[f"{layer}.lora_B.weight"].float()
             rows.append(a)
             columns.append(b * lora_scale(adapter.config, layer))
@@ -33,7 +34,6 @@ def fold(adapter: Adapter) -> Adapter:
         lora[f"{layer}.lora_A.weight"] = torch.cat(rows)
         lora[f"{layer}.lora_B.weight"] = torch.cat(columns, dim=1)
         ranks[layer] = lora[f"{layer}.lora_A.weight"].shape[0]
-    config = lora_config(max(ranks.values()), max(ranks.values()), sorted(ranks))
-    config.rank_pattern = dict(ranks)
-    config.alpha_pattern = dict(ranks)  # alpha = r: the scale is in B already
-    return Adapter(config, lora)
+    if not ranks:
+        return Adapter(None, {})
+    return Adapter(plain_config(ranks, dict.fromkeys(ranks, 1.0)), lora)  # the scale is in B already

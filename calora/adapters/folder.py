@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +12,9 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
+from calora.adapters.features import plain_lora
 from calora.adapters.lora import PREFIX, Adapter
+from calora.adapters.prompts import task_of
 from calora.common.artifacts import (
     read_json,
     read_tensors,
@@ -20,7 +24,9 @@ from calora.common.artifacts import (
     write_tensors,
     write_text,
 )
+from calora.common.versions import versions
 from calora.errors import CaloraError
+from calora.recovery.bypass import ACTIVATIONS
 
 CONFIG, LORA, RECOVERY, META = (
     "adapter_config.json",
@@ -28,7 +34,8 @@ CONFIG, LORA, RECOVERY, META = (
     "recovery.safetensors",
     "calora.json",
 )
-MADE_BY = "run `dvc repro` to make the adapter"
+FIX = "make the adapter again, or name another folder"
+ABOUT = ("lora", "recovery", "versions", "sha256")  # entries of calora.json that describe the folder itself
 
 
 def write_adapter(
@@ -39,9 +46,9 @@ def write_adapter(
     dtype: torch.dtype,
     notes: Mapping[str, object] | None = None,
 ) -> None:
-    """Write an adapter folder that PEFT reads as a plain LoRA.
+    """Write an adapter folder; where there is a LoRA, PEFT reads it as a plain one.
 
-    Where there is a recovery part, an extra key in adapter_config.json makes plain PEFT warn that it is not loaded.
+    Beside a recovery part, an extra key in adapter_config.json makes plain PEFT warn that it is not loaded.
 
     Args:
         base: what `base_model_name_or_path` says.
@@ -49,57 +56,97 @@ def write_adapter(
         dtype: of the stored tensors.
         notes: JSON files to put beside them, by name.
     """
+    if not adapter.meta and adapter.config is None:
+        raise CaloraError(directory, "a LoRA, or what calora.json should say", "neither", "give the adapter its meta")
     with whole_directory(directory) as scratch:
-        adapter.config.base_model_name_or_path = base
-        adapter.config.inference_mode = True
-        adapter.config.save_pretrained(str(scratch))
-        config = json.loads((scratch / CONFIG).read_text())
-        for key in ("target_modules", "exclude_modules"):  # sets in PEFT, whose order differs from process to process
-            if isinstance(config[key], list):
-                config[key].sort()
-        if adapter.recovery:
-            config["calora"] = f"the recovery part is in {RECOVERY}: load this folder with calora to use it"
-        write_json(scratch / CONFIG, config)
-        write_tensors(scratch / LORA, {PREFIX + key: tensor.to(dtype) for key, tensor in adapter.lora.items()})
+        if adapter.config is not None:
+            write_json(scratch / CONFIG, _config_json(adapter, adapter.config, base))
+            write_tensors(scratch / LORA, {PREFIX + key: tensor.to(dtype) for key, tensor in adapter.lora.items()})
         if adapter.recovery:
             write_tensors(scratch / RECOVERY, {key: tensor.to(dtype) for key, tensor in adapter.recovery.items()})
         if adapter.meta:
-            hashes = {file.name: sha256(file) for file in sorted(scratch.glob("*.safetensors"))}
-            write_json(scratch / META, {**adapter.meta, "sha256": hashes})
+            parts = {"lora": adapter.config is not None, "recovery": bool(adapter.recovery)}
+            about = {**adapter.meta, **parts, "versions": versions()}
+            about["sha256"] = {name: sha256(scratch / name) for name in _files(parts)}
+            about["sha256"][META] = _digest(about)
+            write_json(scratch / META, about)
         write_text(scratch / "README.md", card)
         for name, note in (notes or {}).items():
             write_json(scratch / name, note)
 
 
+def _config_json(adapter: Adapter, config: LoraConfig, base: str) -> dict[str, Any]:
+    own = copy.deepcopy(config)
+    own.base_model_name_or_path, own.inference_mode = base, True
+    values: dict[str, Any] = own.to_dict()
+    for key, value in values.items():
+        if isinstance(value, set):  # PEFT's targets: their order differs from process to process
+            values[key] = sorted(value)
+    if adapter.recovery:
+        values["calora"] = f"the recovery part is in {RECOVERY}: load this folder with calora to use it"
+    return values
+
+
+def _files(parts: Mapping[str, Any]) -> list[str]:
+    """The files that make an adapter, besides calora.json."""
+    return [*((CONFIG, LORA) if parts["lora"] else ()), *((RECOVERY,) if parts["recovery"] else ())]
+
+
+def _digest(about: Mapping[str, Any]) -> str:
+    """SHA-256 of all that calora.json says, but for this digest itself."""
+    hashes = {name: value for name, value in about["sha256"].items() if name != META}
+    text = json.dumps({**about, "sha256": hashes}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def lora_bytes(directory: Path) -> int:
-    """Bytes of an adapter folder that its LoRA needs: the weights and their configuration."""
-    return sum((directory / name).stat().st_size for name in (CONFIG, LORA))
+    """Bytes of an adapter folder that its LoRA needs: the weights and their configuration; 0 without a LoRA."""
+    return sum((directory / name).stat().st_size for name in (CONFIG, LORA) if (directory / name).exists())
 
 
-def read_plain_lora(directory: Path, made_by: str = MADE_BY) -> Adapter:
-    """Read a PEFT LoRA folder (safetensors only)."""
-    config = read_json(directory / CONFIG, made_by)
-    if config.get("peft_type") != "LORA":
-        raise CaloraError(directory / CONFIG, "peft_type LORA", config.get("peft_type"), "name a LoRA adapter")
-    config.pop("calora", None)
-    tensors = read_tensors(directory / LORA, made_by)
-    lora = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
-    made: Any = LoraConfig
-    return Adapter(made.from_peft_type(**config), lora)
+def read_plain_lora(directory: Path) -> Adapter:
+    """Read a PEFT LoRA folder (safetensors only), by the tensors' names as PEFT writes them.
+
+    Raises:
+        CaloraError: a file is missing or truncated, or the adapter is not a plain LoRA (see `features`).
+    """
+    config = plain_lora(directory / CONFIG, read_json(directory / CONFIG, FIX))
+    tensors = read_tensors(directory / LORA, FIX)
+    return Adapter(config, {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()})
 
 
 def read_adapter(directory: Path) -> Adapter:
-    """Read a CA-LoRA adapter folder: the LoRA, the recovery part if it has one, and calora.json.
+    """Read a CA-LoRA adapter folder: calora.json, and the LoRA and the recovery part that it names.
 
     Raises:
-        CaloraError: a file is missing, truncated, or not the one that calora.json tells of.
+        CaloraError: a file is missing, truncated, or not the one that calora.json describes.
     """
-    adapter = read_plain_lora(directory)
-    adapter.meta = read_json(directory / META, MADE_BY)
-    if adapter.meta.get("recovery"):
-        adapter.recovery = read_tensors(directory / RECOVERY, MADE_BY)
-    for name, expected in adapter.meta.pop("sha256").items():
-        found = sha256(directory / name)
-        if found != expected:
-            raise CaloraError(directory / name, f"SHA-256 {expected}", found, f"it was edited: {MADE_BY}")
+    about = read_json(directory / META, FIX)
+    _check_about(directory / META, about)
+    for name in _files(about):
+        found = sha256(directory / name) if (directory / name).exists() else "no such file"
+        if found != about["sha256"][name]:
+            raise CaloraError(directory / name, f"SHA-256 {about['sha256'][name]}", found, f"it was edited: {FIX}")
+    adapter = read_plain_lora(directory) if about["lora"] else Adapter(None, {})
+    if about["recovery"]:
+        adapter.recovery = read_tensors(directory / RECOVERY, FIX)
+    adapter.meta = {key: value for key, value in about.items() if key not in ABOUT}
     return adapter
+
+
+def _check_about(path: Path, about: Mapping[str, Any]) -> None:
+    """Raise `CaloraError` unless calora.json has every entry that a reader needs, and is as it was written."""
+    kinds = {"lora": bool, "recovery": bool, "sha256": dict, "task": dict, "compressed_fingerprint": str}
+    for key, kind in kinds.items():
+        if not isinstance(about.get(key), kind):
+            raise CaloraError(path, f"an entry '{key}' ({kind.__name__})", repr(about.get(key)), FIX)
+    expected = sorted([*_files(about), META])
+    if sorted(about["sha256"]) != expected:
+        raise CaloraError(path, f"the SHA-256 of {', '.join(expected)}", sorted(about["sha256"]), FIX)
+    if about["sha256"][META] != _digest(about):
+        raise CaloraError(
+            path, f"SHA-256 {about['sha256'][META]} of its entries", _digest(about), f"it was edited: {FIX}"
+        )
+    if about["recovery"] and about.get("activation") not in ACTIVATIONS:
+        raise CaloraError(path, f"an activation among {', '.join(ACTIVATIONS)}", about.get("activation"), FIX)
+    task_of(path, about["task"])

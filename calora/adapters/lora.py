@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, delete_adapter
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from calora.errors import CaloraError
 from calora.models.anatomy import linear_layers
-from calora.recovery.bypass import RecoveryBypass, activate, attach, recovery_state
+from calora.recovery.bypass import RecoveryBypass, activate, attach, bypasses_of, detach, recovery_state
 
 PREFIX = "base_model.model."  # PEFT's, in front of every tensor name on disk
+OWN_BASE = "load the base that the adapter was made for"
 
 
 @dataclass
 class Adapter:
-    """An adapter in memory.
+    """An adapter in memory. It may have no LoRA, no bypass, or neither: then it is the compressed model alone.
 
     Args:
-        config: the PEFT configuration of the LoRA part.
-        lora: `<layer>.lora_A.weight` [r, in] and `<layer>.lora_B.weight` [out, r].
-        recovery: `<layer>.down` [in, rank] and `<layer>.up` [rank, out]; empty for a plain LoRA.
+        config: the PEFT configuration of the LoRA; None without a LoRA.
+        lora: `<layer>.lora_A.weight` [r, in] and `<layer>.lora_B.weight` [out, r]; empty without a LoRA.
+        recovery: `<layer>.down` [in, rank] and `<layer>.up` [rank, out]; empty without a bypass.
         meta: what calora.json holds; empty for a plain LoRA.
     """
 
-    config: LoraConfig
+    config: LoraConfig | None
     lora: dict[str, Tensor]
     recovery: dict[str, Tensor] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
@@ -40,6 +45,16 @@ class Adapter:
         """Number of trainable parameters."""
         return sum(tensor.numel() for tensor in [*self.lora.values(), *self.recovery.values()])
 
+    @property
+    def lora_layers(self) -> list[str]:
+        """The layers that have a LoRA."""
+        return sorted({key.partition(".lora_")[0] for key in self.lora if ".lora_" in key})
+
+    @property
+    def bypass_layers(self) -> list[str]:
+        """The layers that have a bypass."""
+        return sorted({key.rpartition(".")[0] for key in self.recovery})
+
 
 def lora_config(
     rank: int, alpha: float, targets: list[str], wider: Mapping[str, int] | None = None, classifier: bool = False
@@ -48,7 +63,7 @@ def lora_config(
 
     Args:
         rank, alpha: LoRA's r and its alpha; the update is scaled by alpha / r.
-        targets: last parts of the names of the layers to adapt, such as `q_proj`.
+        targets: names of the layers to adapt, or their last parts, such as `q_proj`.
         wider: a larger rank for some of the targets; their scaling stays alpha / rank.
         classifier: also train the classification head.
     """
@@ -64,7 +79,55 @@ def lora_config(
     )
 
 
-def check_targets(model: PreTrainedModel, targets: Sequence[str], rank: int, section: str) -> dict[str, nn.Linear]:
+def plain_config(ranks: Mapping[str, int], scales: Mapping[str, float], among: Iterable[str] = ()) -> LoraConfig:
+    """The plainest configuration of a LoRA with these ranks and scales: alpha = scale r, all by name.
+
+    A last part of a name, such as `q_proj`, stands for its layers where it names no other layer of the model.
+
+    Args:
+        ranks, scales: by layer; at least one layer.
+        among: all linear layers of the model; without them every layer goes by its full name.
+    """
+    parts: dict[str, list[str]] = {}
+    for layer in sorted(ranks):
+        parts.setdefault(layer.rpartition(".")[2], []).append(layer)
+    everywhere = Counter(layer.rpartition(".")[2] for layer in among)
+    targets: list[str] = []
+    for part, layers in parts.items():
+        targets += [part] if everywhere[part] == len(layers) else layers
+    values = {layer: (ranks[layer], _whole(scales[layer] * ranks[layer])) for layer in ranks}
+    rank, alpha = Counter(values[layer] for layer in sorted(values)).most_common(1)[0][0]
+    config = lora_config(rank, alpha, targets)
+    for part, layers in parts.items():
+        same = len({values[layer] for layer in layers}) == 1
+        own = {part if same else layer: values[layer] for layer in layers}
+        other = {name: value for name, value in own.items() if value != (rank, alpha)}
+        config.rank_pattern = {**(config.rank_pattern or {}), **{name: r for name, (r, _) in other.items()}}
+        config.alpha_pattern = {**(config.alpha_pattern or {}), **{name: a for name, (_, a) in other.items()}}
+    return config
+
+
+def _whole(number: float) -> float:
+    return int(number) if number == int(number) else number
+
+
+def lora_rank(config: LoraConfig, layer: str) -> int:
+    """PEFT's rank of a layer: r, or what the first regular expression of rank_pattern that fits the name gives."""
+    return int(_of_pattern(config.rank_pattern, layer, config.r))
+
+
+def lora_scale(config: LoraConfig, layer: str) -> float:
+    """PEFT's scaling of a layer: alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA."""
+    rank, alpha = lora_rank(config, layer), _of_pattern(config.alpha_pattern, layer, config.lora_alpha)
+    return float(alpha / rank**0.5 if config.use_rslora else alpha / rank)
+
+
+def _of_pattern(pattern: Mapping[str, Any] | None, layer: str, default: float) -> float:
+    values = dict(pattern or {})
+    return float(values.get(get_pattern_key(list(values), layer), default))
+
+
+def check_targets(model: PreTrainedModel, targets: Sequence[str], rank: int) -> dict[str, nn.Linear]:
     """The linear layers whose names end in one of `targets`.
 
     Raises:
@@ -75,40 +138,133 @@ def check_targets(model: PreTrainedModel, targets: Sequence[str], rank: int, sec
     missing = sorted(set(targets) - names)
     if missing or not targets:
         known = ", ".join(sorted(names))
-        raise CaloraError(f"{section}.targets", f"names among {known}", missing or "none", "mend params.yaml")
+        raise CaloraError("targets", f"names among {known}", missing or "none", "name layers of this model")
     chosen = {name: layer for name, layer in layers.items() if name.rsplit(".", 1)[-1] in targets}
     widths = {name: min(layer.in_features, layer.out_features) for name, layer in chosen.items()}
     narrowest = min(widths, key=widths.__getitem__)
     if not 1 <= rank <= widths[narrowest]:
         expected = f"1 to {widths[narrowest]}, the width of {narrowest}"
-        raise CaloraError(f"{section}.rank", expected, rank, "mend params.yaml")
+        raise CaloraError("rank", expected, rank, "choose a rank in that range")
     return chosen
 
 
-def inject(model: nn.Module, config: LoraConfig, name: str = "default") -> None:
-    """Put a fresh LoRA on `model` in place; everything but the LoRA is frozen."""
+def inject(model: nn.Module, config: LoraConfig, name: str = "default", fresh: bool = True) -> None:
+    """Put a LoRA on `model` in place, which is in eval mode then; everything but the LoRA is frozen.
+
+    Args:
+        fresh: with the start that the configuration names; else nothing of the base is looked at or changed, whatever
+            the start was, and the LoRA's values are arbitrary until they are loaded.
+    """
+    own = copy.deepcopy(config)  # PEFT edits it
+    own.lora_dropout = 0.0
+    if not fresh:
+        own.init_lora_weights = False
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are the point
-        inject_adapter_in_model(config, model, adapter_name=name)
+        inject_adapter_in_model(own, model, adapter_name=name)
+    model.eval()  # PEFT's new layers are in training mode
 
 
 def attach_adapter(model: PreTrainedModel, adapter: Adapter, name: str) -> None:
-    """Add an adapter's LoRA and its bypasses to `model` in place, strictly by name."""
-    inject(model, adapter.config, name)
-    result: Any = set_peft_model_state_dict(model, adapter.lora, adapter_name=name)
+    """Add an adapter's LoRA and its bypasses to `model` in place, strictly by name; the model is in eval mode then.
+
+    Raises:
+        CaloraError: the name is taken or unfit, or a tensor fits no layer; the model is as it was before.
+    """
+    check_name(model, name)
+    layers = linear_layers(model)
+    check_lora(f"adapter {name}", adapter, layers)
+    bypasses = _bypasses(f"adapter {name}", adapter, layers)
+    try:
+        if adapter.config is not None:
+            _attach_lora(model, adapter.config, adapter.lora, name)
+        for layer, bypass in bypasses.items():
+            attach(layers[layer], name, bypass)
+    except BaseException:
+        detach_adapter(model, name)
+        raise
+    model.requires_grad_(False).eval()
+
+
+def _attach_lora(model: PreTrainedModel, config: LoraConfig, lora: dict[str, Tensor], name: str) -> None:
+    inject(model, config, name, fresh=False)
+    result: Any = set_peft_model_state_dict(model, lora, adapter_name=name)
     missing = [key for key in result.missing_keys if ".lora_" in key and f".{name}." in key]
     if missing or result.unexpected_keys:
         wrong = [*missing, *result.unexpected_keys][0]
-        raise CaloraError(f"adapter {name}", "tensors that match the base's layers", wrong, "load its own base")
-    layers = linear_layers(model)
-    for layer in sorted({key.rsplit(".", 1)[0] for key in adapter.recovery}):
+        raise CaloraError(f"adapter {name}", "tensors for the layers that its target_modules name", wrong, OWN_BASE)
+
+
+def detach_adapter(model: PreTrainedModel, name: str) -> None:
+    """Take the adapter `name` off; of layers that have no other adapter PEFT's wrapping and the hook go too."""
+    configs: dict[str, Any] = getattr(model, "peft_config", {})
+    if name in configs:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*was active which is now deleted")  # whoever calls sets another
+            delete_adapter(model, name, "lora_", LoraLayer)
+        del configs[name]
+        for path, module in list(model.named_modules()):
+            if isinstance(module, LoraLayer) and not module.lora_A and not module.lora_embedding_A:
+                model.set_submodule(path, module.get_base_layer())
+        if not configs:
+            del model.peft_config
+    detach(model, name)
+
+
+def check_name(model: nn.Module, name: str) -> None:
+    """Raise `CaloraError` unless `name` can be the name of one more adapter on the model.
+
+    PEFT finds an adapter's tensors by its name as one of the parts of a tensor's name: it may be no other part.
+    """
+    where = "adapter name"
+    if name in getattr(model, "peft_config", {}) or any(name in bypasses for _, bypasses in bypasses_of(model)):
+        raise CaloraError(where, "a name that is free", f"{name!r}, which is taken", "take that adapter off, or rename")
+    parts = {part for path, _ in model.named_modules() for part in path.split(".")} | {"weight", "bias", "base_layer"}
+    if not name or "." in name or name in parts or hasattr(nn.ModuleDict, name):
+        expected = "a word without a dot that is no part of a layer's name and none of torch's own"
+        raise CaloraError(where, expected, repr(name), "choose another name")
+
+
+def check_lora(where: object, adapter: Adapter, layers: Mapping[str, nn.Linear]) -> None:
+    """Raise `CaloraError` unless every LoRA tensor fits its layer: A [r, in], B [out, r] with the configuration's r."""
+    if adapter.config is None:
+        if adapter.lora:
+            raise CaloraError(where, "a configuration of its LoRA", "none", "give the adapter its LoraConfig")
+        return
+    for layer in adapter.lora_layers:
+        pair = [adapter.lora.get(f"{layer}.lora_{side}.weight") for side in "AB"]
+        a, b = pair
+        if a is None or b is None:
+            raise CaloraError(f"{where}, layer {layer}", "both lora_A and lora_B", "one of them", "save it again whole")
         if layer not in layers:
-            raise CaloraError(f"recovery of {name}", "a layer of the base", layer, "load the adapter's own base")
-        down, up = adapter.recovery[f"{layer}.down"], adapter.recovery[f"{layer}.up"]
-        bypass = RecoveryBypass(down.shape[0], up.shape[1], down.shape[1], adapter.meta["activation"])
-        bypass.load_state_dict({"down": down, "up": up}, assign=True)
-        attach(layers[layer], name, bypass.requires_grad_(False))
-    model.requires_grad_(False)
+            raise CaloraError(where, "layers of the base", layer, OWN_BASE)
+        rank = lora_rank(adapter.config, layer)
+        want = [(rank, layers[layer].in_features), (layers[layer].out_features, rank)]
+        have = [tuple(a.shape), tuple(b.shape)]
+        if have != want:
+            expected, found = (f"lora_A {a} and lora_B {b}" for a, b in (want, have))
+            raise CaloraError(f"{where}, layer {layer}", expected, found, OWN_BASE)
+
+
+def _bypasses(where: object, adapter: Adapter, layers: Mapping[str, nn.Linear]) -> dict[str, RecoveryBypass]:
+    """The bypasses of an adapter by layer, each of the shape of its layer."""
+    made: dict[str, RecoveryBypass] = {}
+    for name in adapter.bypass_layers:
+        if name not in layers:
+            raise CaloraError(where, "a bypass beside a layer of the base", name, OWN_BASE)
+        down, up = (adapter.recovery.get(f"{name}.{part}") for part in ("down", "up"))
+        if down is None or up is None:
+            raise CaloraError(f"{where}, bypass of {name}", "both down and up", "one of them", "save it again whole")
+        layer, rank = layers[name], down.shape[-1]
+        want = [(layer.in_features, rank), (rank, layer.out_features)]
+        have = [tuple(down.shape), tuple(up.shape)]
+        if have != want:
+            expected, found = (f"down {d} and up {u}" for d, u in (want, have))
+            raise CaloraError(f"{where}, bypass of {name}", expected, found, OWN_BASE)
+        made[name] = RecoveryBypass(*want[0][:1], want[1][1], rank, str(adapter.meta.get("activation")))
+        made[name].load_state_dict({"down": down, "up": up}, assign=True)
+        made[name].requires_grad_(False)
+    return made
 
 
 def set_active(model: PreTrainedModel, name: str | None) -> None:
@@ -122,25 +278,15 @@ def set_active(model: PreTrainedModel, name: str | None) -> None:
 
 
 def lora_state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
-    """The LoRA tensors of a model by PEFT's names, without its prefix."""
-    state = get_peft_model_state_dict(model, adapter_name=name)
+    """The LoRA tensors of a model by PEFT's names, without its prefix; none if `name` has no LoRA there."""
+    if name not in getattr(model, "peft_config", {}):
+        return {}
+    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     return {key.removeprefix(PREFIX): tensor.detach() for key, tensor in state.items()}
 
 
-def take_adapter(model: nn.Module, config: LoraConfig, meta: Mapping[str, Any], name: str = "default") -> Adapter:
-    """The adapter `name` as it stands on the model."""
+def take_adapter(
+    model: nn.Module, config: LoraConfig | None, meta: Mapping[str, Any], name: str = "default"
+) -> Adapter:
+    """The adapter `name` as it stands on the model; `config` is None if it has no LoRA."""
     return Adapter(config, lora_state(model, name), recovery_state(model, name), dict(meta))
-
-
-def lora_scale(config: LoraConfig, layer: str) -> float:
-    """PEFT's scaling of a layer: alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA."""
-    rank = _of_pattern(config.rank_pattern, layer, config.r)
-    alpha = _of_pattern(config.alpha_pattern, layer, config.lora_alpha)
-    return float(alpha / rank**0.5 if config.use_rslora else alpha / rank)
-
-
-def _of_pattern(pattern: Mapping[str, Any] | None, layer: str, default: float) -> float:
-    for name, value in (pattern or {}).items():
-        if layer == name or layer.endswith(f".{name}"):
-            return float(value)
-    return default

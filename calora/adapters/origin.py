@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from calora.common.leastsquares import compensated
 from calora.errors import CaloraError
 
 
@@ -51,6 +52,14 @@ class Origin:
         """The remaining second indices of a tensor [..., in] of the original layer."""
         columns = self.columns(layer)
         return values if columns is None else values[..., columns]
+
+    def fit_columns(self, layer: str, values: Tensor, moment: Tensor) -> Tensor:
+        """A tensor A [..., in] of the original layer for the inputs S that remain, which make up for the lost ones R.
+
+        A' = A[:, S] + A[:, R] C[R, S] C[S, S]^-1 (least squares), C = X^T X [in, in] the moment of the original's inputs.
+        """
+        columns = self.columns(layer)
+        return values.clone() if columns is None else compensated(values, moment, columns)
 
     def carry(self, lora: Mapping[str, Tensor], layers: Iterable[str]) -> tuple[dict[str, Tensor], list[str]]:
         """A LoRA of the original, cut to the shape of the compressed model: A loses inputs, B loses outputs.

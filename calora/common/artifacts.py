@@ -27,6 +27,7 @@ def whole_directory(target: Path) -> Iterator[Path]:
 
     An earlier `target` is replaced; after an error or a kill it is still there, untouched.
     """
+    _bring_back(target)
     scratch = target.with_name(f".{target.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
@@ -39,11 +40,26 @@ def whole_directory(target: Path) -> Iterator[Path]:
 
 
 def replace_directory(scratch: Path, target: Path) -> None:
-    """Rename the finished folder `scratch` to `target`, whatever stood there."""
-    if target.exists():
-        shutil.rmtree(target)
+    """Rename the finished folder `scratch` to `target`; what stood there is removed last, so that a kill leaves one."""
+    _bring_back(target)
     target.parent.mkdir(parents=True, exist_ok=True)
+    aside = _aside(target)
+    if target.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        target.rename(aside)
     scratch.rename(target)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.replaced")
+
+
+def _bring_back(target: Path) -> None:
+    """After a kill between the two renames."""
+    aside = _aside(target)
+    if aside.exists() and not target.exists():
+        aside.rename(target)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -63,7 +79,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 def read_json(path: Path, made_by: str) -> dict[str, Any]:
-    """Read a JSON object; `made_by` names the command that makes the file when it is missing."""
+    """Read a JSON object; `made_by` says how to make the file when it is missing."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

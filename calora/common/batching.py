@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from calora.errors import CaloraError
+
 
 def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """Indices in batches of like length, longest first (a run out of memory then fails at once)."""
@@ -29,7 +31,12 @@ def epoch_batches(lengths: Sequence[int], batch_size: int, steps: int, seed: int
 
     Lengths are sorted within pools of 50 batches of a seeded random order, and the batches are shuffled again, so
     that batches stay random while a row is padded by a token or two. Each epoch's last batch may be smaller.
+
+    Raises:
+        CaloraError: there is nothing to make batches of.
     """
+    if not lengths:
+        raise CaloraError("training", "at least one text", "none", "give it labelled texts")
     generator = torch.Generator().manual_seed(seed)
     batches: list[list[int]] = []
     while len(batches) < steps:

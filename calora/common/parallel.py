@@ -1,5 +1,8 @@
 """One training on several devices: each process takes its share of every batch, and all take the mean of the gradients.
 
+A loss is a mean over answer tokens or real tokens, of which shares have different numbers: each is weighted (`weight`),
+and the mean of the gradients is that of the whole batch.
+
 `accelerate launch` starts the processes. A process alone changes nothing here but the device: a GPU where there is one.
 """
 
@@ -32,14 +35,26 @@ def processes() -> int:
 
 
 def share(indices: Sequence[int]) -> list[int]:
-    """What this process takes of a batch.
+    """What this process takes of a batch, never nothing: of a batch smaller than the processes some repeat its first.
 
-    Shares are of one size, so that the mean of their means is the mean; a batch that the processes do not divide is
-    filled up from its start, as accelerate does it.
+    Shares may differ in size, and their items in number of tokens: `weight` sets that right.
     """
-    count = processes()
-    whole = len(indices) + -len(indices) % count
-    return [indices[i % len(indices)] for i in range(state().process_index, whole, count)]
+    return portion(indices) or list(indices[:1])
+
+
+def weight(counted: Tensor, indices: Sequence[int]) -> float:
+    """Weight of a mean over this process's share, so that the mean over processes is the mean over the whole batch.
+
+    n_i P / sum_j n_j for P processes, where process i has the mean over n_i items; 0 for one that repeats another's.
+
+    Args:
+        counted: bool of any shape, True at each item of the mean.
+        indices: the whole batch, of which `share` gave this process its part.
+    """
+    if processes() == 1:
+        return 1.0
+    own = float(counted.sum()) if state().process_index < len(indices) else 0.0
+    return own * processes() / total(own)
 
 
 def portion(items: Sequence[T]) -> list[T]:
@@ -57,7 +72,7 @@ def total(value: float) -> float:
     return value if processes() == 1 else float(reduce(torch.tensor(float(value), device=state().device), "sum"))
 
 
-def first() -> bool:
+def is_first() -> bool:
     """Whether this process is the one that writes."""
     return bool(state().is_main_process)
 
@@ -65,5 +80,5 @@ def first() -> bool:
 def only_first_goes_on() -> None:
     """End every process but the first: what they trained is the same in all."""
     state().wait_for_everyone()
-    if not first():
+    if not is_first():
         raise SystemExit(0)

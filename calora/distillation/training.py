@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from calora.common.artifacts import read_tensors, write_tensors
-from calora.common.parallel import average, first, processes
+from calora.common.parallel import average, is_first, total
 from calora.common.progress import progress
 from calora.errors import CaloraError
 
@@ -109,16 +109,21 @@ class MasterWeights:
             [self.master], lr=0.0, weight_decay=0.0, fused=device.type in ("cpu", "cuda")
         )
 
-    def step(self, rate: float, clip: float) -> float:
-        """One AdamW step on the gradients that `backward` left; returns the norm of the gradient."""
+    def step(self, rate: float, clip: float, where: str = "training") -> None:
+        """One AdamW step on the gradients that `backward` left.
+
+        Raises:
+            CaloraError: the gradient is not finite; the parameters are as before.
+        """
         assert self.master.grad is not None
         average(self.master.grad.copy_(self.working_grad))
         norm = float(nn.utils.clip_grad_norm_([self.master], clip))
+        if not math.isfinite(norm):
+            raise CaloraError(where, "a finite gradient", f"one of norm {norm}", "lower the learning rate")
         self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.step()
         self.working_grad.zero_()
         self.publish()
-        return norm
 
     def publish(self) -> None:
         """Copy the masters to the parameters that the model computes with."""
@@ -193,15 +198,25 @@ def train(
 
     Args:
         loss_of_step: step -> (losses by name, of which `loss` is minimised; real tokens read). It must depend on
-            nothing but the step and the parameters: so a resumed run equals an uninterrupted one bit for bit.
+            nothing but the step and the parameters: so a resumed run equals an uninterrupted one bit for bit. Of
+            several processes each gives the losses of its share, weighted by `calora.common.parallel.weight`.
         score: the validation score of the parameters as they are, higher is better.
         dtype: in which the model computes; masters and moments are fp32.
 
     Raises:
-        CaloraError: the loss is not finite.
+        CaloraError: the loss or its gradient is not finite.
     """
     weights = MasterWeights(parameters, dtype)
     history, start, best = History(), 0, weights.master.detach().clone()
+    last_save = time.monotonic()
+
+    def keep(done: int) -> None:
+        nonlocal last_save
+        due = time.monotonic() - last_save >= schedule.checkpoint_seconds or done == schedule.steps
+        if checkpoint and is_first() and due:
+            checkpoint.save(done, history, {**weights.state(), "best": best})
+            last_save = time.monotonic()
+
     saved = checkpoint.read() if checkpoint else None
     if saved:
         start, history, tensors = saved
@@ -210,31 +225,32 @@ def train(
         print(f"{title}: resumes after step {start} of {schedule.steps}", flush=True)
     elif schedule.eval_every:
         history.scores.append({"step": 0, "score": score()})
-    last_save = clock = time.monotonic()
-    bar = progress(range(start, schedule.steps), title if first() else None, "steps", schedule.steps, start)
+        keep(0)
+    bar = progress(range(start, schedule.steps), title if is_first() else None, "steps", schedule.steps, start)
     for step in bar:
+        clock, done, where = time.monotonic(), step + 1, f"{title}, step {step}"
         losses, tokens = loss_of_step(step)
         losses["loss"].backward()
-        values = [value.item() for value in losses.values()]
-        *values, tokens = average(torch.tensor([*values, tokens], device=weights.master.device)).tolist()
-        row = dict(zip(losses, values, strict=True))
+        row, tokens = _averaged(losses, tokens)
         if not math.isfinite(row["loss"]):
-            raise CaloraError(f"{title}, step {step}", "a finite loss", row["loss"], "lower the learning rate")
-        weights.step(schedule.rate(step), schedule.clip)
-        done = step + 1
+            raise CaloraError(where, "a finite loss", row["loss"], "lower the learning rate")
+        weights.step(schedule.rate(step), schedule.clip, where)
         history.losses.append({"step": done, **row})
-        history.tokens += round(tokens * processes())
+        history.tokens += tokens
         history.seconds += time.monotonic() - clock
         if done == schedule.steps or (schedule.eval_every and done % schedule.eval_every == 0):
             history.scores.append({"step": done, "score": score()})
             if history.best["step"] == done:
                 best = weights.master.detach().clone()
         bar.set_postfix(refresh=False, **history.latest())
-        clock = time.monotonic()
-        if checkpoint and first() and (clock - last_save >= schedule.checkpoint_seconds or done == schedule.steps):
-            checkpoint.save(done, history, {**weights.state(), "best": best})
-            last_save = clock = time.monotonic()
+        keep(done)
     weights.finish(best)
-    if first():
+    if is_first():
         print(f"{title}: {history.tokens} tokens in {history.seconds:.0f} s, {history.rate:.0f} tokens/s", flush=True)
     return history
+
+
+def _averaged(losses: Losses, tokens: int) -> tuple[dict[str, float], int]:
+    """The losses' means over the processes, and the sum of their tokens."""
+    means = average(torch.stack([value.detach().float() for value in losses.values()])).tolist()
+    return dict(zip(losses, means, strict=True)), round(total(tokens))

@@ -4,35 +4,90 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from calora.adapters.lora import Adapter, attach_adapter, check_targets, lora_config, lora_scale, set_active
+from calora.adapters.lora import (
+    Adapter,
+    attach_adapter,
+    check_targets,
+    detach_adapter,
+    lora_rank,
+    lora_scale,
+    plain_config,
+    set_active,
+)
 from calora.adapters.origin import Origin
 from calora.common.leastsquares import compensated
 from calora.common.progress import progress
 from calora.errors import CaloraError
+from calora.inheritance.fresh import fresh_lora
 from calora.layers.layout import dense_weight
 from calora.models.anatomy import linear_layers
 from calora.models.moments import input_second_moments
 from calora.models.tasks import Example
-from calora.recovery.bypass import RecoveryBypass
+from calora.recovery.bypass import ACTIVATIONS, RecoveryBypass
 from calora.recovery.warmstart import best_linear_correction, correction_rank, linear_as_bypass
 
+LORAS = ("inherited", "fresh", "none")
 STARTS = ("weighted_error", "zero")
 WHOLE = Origin()
+TEACHER = "calora_teacher"  # the name of the LoRA on the reference, for as long as it is looked at
 
 
-def carry_lora(model: PreTrainedModel, teacher: Adapter, origin: Origin) -> tuple[Adapter, dict[str, Any]]:
-    """The teacher's LoRA in the shape of the compressed model.
+@dataclass(frozen=True)
+class Bypass:
+    """The recovery module to put beside each target layer.
 
-    Returns:
-        The adapter, and `mapped` (layer -> [in, out] of all that were mapped), `sliced` (layer -> the original's
-        [in, out] of those that lost some), `dropped` (tensors of layers that were cut).
+    Args:
+        targets: last parts of the names of the layers that get one.
+        rank: 1 <= rank <= the layer's width; even for a warm start that is not linear.
+        activation: `gelu`, `relu`, `silu` or `identity`.
+        start: `weighted_error` (the exact linear warm start), or `zero` (the paper's: U = 0, an exact no-op).
+    """
+
+    targets: Sequence[str]
+    rank: int
+    activation: str
+    start: str
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("activation", self.activation, tuple(ACTIVATIONS)), ("start", self.start, STARTS)):
+            if value not in known:
+                raise CaloraError(f"bypass.{name}", f"one of {', '.join(known)}", value, "choose one of them")
+        if self.start == "weighted_error":
+            correction_rank(self.rank, self.activation)
+
+
+@dataclass(frozen=True)
+class Inheritance:
+    """What became of the teacher's LoRA, and what the warm start gained.
+
+    Args:
+        mapped: layer -> [in, out] of each layer with a LoRA.
+        sliced: layer -> the original's [in, out], of those that lost some.
+        dropped: tensors of layers that were cut.
+        errors: layer with a bypass -> [before, after], the weighted error ||E X|| / ||W X|| without and with its warm
+            start; empty for a zero start.
+    """
+
+    mapped: Mapping[str, list[int]] = field(default_factory=dict)
+    sliced: Mapping[str, list[int]] = field(default_factory=dict)
+    dropped: Sequence[str] = ()
+    errors: Mapping[str, list[float]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """As stored beside the adapter."""
+        return {**asdict(self), "dropped": list(self.dropped)}
+
+
+def carry_lora(model: PreTrainedModel, teacher: Adapter, origin: Origin) -> tuple[Adapter, Inheritance]:
+    """The teacher's LoRA in the shape of the compressed model: what was cut there is cut here.
 
     Raises:
         CaloraError: a layer is not there, an A or B is missing, or a width differs.
@@ -41,103 +96,113 @@ def carry_lora(model: PreTrainedModel, teacher: Adapter, origin: Origin) -> tupl
     lora, dropped = origin.carry(teacher.lora, layers)
     mapped: dict[str, list[int]] = {}
     sliced: dict[str, list[int]] = {}
-    for layer in sorted({key.partition(".lora_")[0] for key in lora}):
+    for layer in Adapter(None, lora).lora_layers:
         have = [lora[f"{layer}.lora_A.weight"].shape[1], lora[f"{layer}.lora_B.weight"].shape[0]]
         want = [layers[layer].in_features, layers[layer].out_features]
         if have != want:
             raise CaloraError(f"inherited layer {layer}", f"in, out = {want}", have, "use an adapter of this base")
         mapped[layer] = want
-        source = origin.source(layer)
-        had = [teacher.lora[f"{source}.lora_A.weight"].shape[1], teacher.lora[f"{source}.lora_B.weight"].shape[0]]
+        had = _widths(teacher, origin.source(layer))
         if had != want:
             sliced[layer] = had
-    config = teacher.config if not origin.layers else _renumbered(teacher.config, mapped, lora, origin)
-    return Adapter(config, lora, {}, dict(teacher.meta)), {"mapped": mapped, "sliced": sliced, "dropped": dropped}
+    config = None
+    if mapped and teacher.config is not None:  # by the new names: patterns of the old ones may name layers by number
+        sources = {layer: origin.source(layer) for layer in mapped}
+        ranks = {layer: lora_rank(teacher.config, source) for layer, source in sources.items()}
+        scales = {layer: lora_scale(teacher.config, source) for layer, source in sources.items()}
+        config = plain_config(ranks, scales, layers)
+    return Adapter(config, lora, {}, dict(teacher.meta)), Inheritance(mapped, sliced, dropped)
 
 
-def _renumbered(
-    config: LoraConfig, mapped: Mapping[str, Any], lora: Mapping[str, Tensor], origin: Origin
-) -> LoraConfig:
-    """The configuration with every layer by its new name: patterns of the old one may name layers by number."""
-    ranks = {layer: lora[f"{layer}.lora_A.weight"].shape[0] for layer in mapped}
-    scales = {layer: lora_scale(config, origin.source(layer)) for layer in mapped}
-    made = lora_config(config.r, config.lora_alpha, sorted(mapped))
-    made.rank_pattern = dict(ranks)
-    made.alpha_pattern = {layer: scales[layer] * rank for layer, rank in ranks.items()}
-    return made
+def _widths(adapter: Adapter, layer: str) -> list[int]:
+    """[in, out] of a LoRA."""
+    return [adapter.lora[f"{layer}.lora_A.weight"].shape[1], adapter.lora[f"{layer}.lora_B.weight"].shape[0]]
 
 
 def inherit(
     model: PreTrainedModel,
-    reference: PreTrainedModel,
     teacher: Adapter,
-    calibration: Sequence[Example],
     *,
-    targets: Sequence[str],
-    rank: int,
-    activation: str,
-    start: str,
+    lora: str = "inherited",
+    bypass: Bypass | None = None,
+    reference: PreTrainedModel | None = None,
+    calibration: Sequence[Example] = (),
     origin: Origin = WHOLE,
-    lora: bool = True,
-    bypass: bool = True,
     seed: int = 0,
-) -> tuple[Adapter, dict[str, Any]]:
+) -> tuple[Adapter, Inheritance]:
     """The adapter that CA-LoRA starts from: the teacher's LoRA and an initialised bypass.
 
     Args:
         model: the compressed model (packed or its dense view).
-        reference: the uncompressed model; the warm start puts the teacher's LoRA on it.
         teacher: the LoRA that was trained on the uncompressed model.
+        lora: `inherited`; `fresh`, one of the same shape as PEFT starts it; or `none`.
+        bypass: the recovery module; None for none.
+        reference: the uncompressed model. It is needed for a warm start, and for an inherited LoRA on layers that lost
+            inputs. With an inherited LoRA its inputs are those under the teacher's; it is left as it was.
         calibration: examples of the task, whose inputs weigh the compression error.
-        targets: last parts of the names of the layers that get a bypass.
-        rank, activation: of the bypass; 1 <= rank <= the layer's width.
         origin: where the compressed model's layers come from, if some were cut or reordered.
-        start: `weighted_error` (the exact linear warm start), or `zero` (the paper's: U = 0, an exact no-op).
-        lora, bypass: False for the ablation: a fresh LoRA of the teacher's shape (the reference then goes without the
-            teacher's), and no bypass.
-        seed: of a fresh LoRA.
+        seed: of a fresh LoRA, and of the D of a bypass that starts from zero.
 
-    Returns:
-        The adapter, and a report: what `carry_lora` says, and `errors` (layer with a bypass -> [before, after]: the
-        weighted error ||E X|| / ||W X|| without and with the warm start, the same for `zero`).
+    Raises:
+        CaloraError: an argument is outside its range, or `reference` or `calibration` is needed and not there.
     """
-    if start not in STARTS:
-        raise CaloraError("inherit.start", f"one of {', '.join(STARTS)}", start, "mend params.yaml")
-    layers = check_targets(model, targets, rank, "inherit")
+    if lora not in LORAS:
+        raise CaloraError("lora", f"one of {', '.join(LORAS)}", lora, "choose one of them")
+    beside = check_targets(model, bypass.targets, bypass.rank) if bypass else {}
     adapter, report = carry_lora(model, teacher, origin)
-    tensors = adapter.lora if lora else fresh_lora(adapter.lora, seed)
-    meta = {**teacher.meta, "activation": activation, "recovery": bypass}
+    if lora == "none":
+        adapter, report = replace(adapter, config=None, lora={}), Inheritance()
+    if lora == "fresh":
+        adapter.lora = fresh_lora(adapter.lora, seed)
+    if bypass:
+        adapter.recovery = random_bypasses(beside, bypass.rank, bypass.activation, seed)
+        adapter.meta |= {"activation": bypass.activation}
+    warm = beside if bypass and bypass.start == "weighted_error" else {}
+    refit = {layer for layer in report.sliced if _lost_inputs(report, layer)} if lora == "inherited" else set()
+    if not (warm or refit):
+        return adapter, report
+    whole = _needed(reference, calibration, "a warm start" if warm else f"the LoRA on {min(refit)}, which lost inputs")
     errors: dict[str, list[float]] = {}
-    if not bypass:
-        return Adapter(adapter.config, tensors, {}, meta), {**report, "errors": errors}
-    recovery = random_bypasses(layers, rank, activation)
-    if lora:
-        attach_adapter(reference, teacher, "teacher")
-        set_active(reference, "teacher")
-    for key, moment, weight, error in weighted_errors(reference, layers, origin, calibration):
-        before = after = relative(error, weight, moment)
-        if start == "weighted_error" and bool(error.any()):  # else a zero start in both factors could never learn
-            p, q = best_linear_correction(error, moment, correction_rank(rank, activation))
-            recovery[f"{key}.down"], recovery[f"{key}.up"] = linear_as_bypass(p, q, activation, rank)
-            after = relative(error - (p @ q).T, weight, moment)
-        errors[key] = [before, after]
-    return Adapter(adapter.config, tensors, recovery, meta), {**report, "errors": errors}
+    with _taught(whole, teacher if lora == "inherited" else None):
+        for key, moment in _moments(whole, sorted({*refit, *warm}), origin, calibration):
+            if key in refit:
+                a = teacher.lora[f"{origin.source(key)}.lora_A.weight"]
+                adapter.lora[f"{key}.lora_A.weight"] = origin.fit_columns(key, a, moment)
+            if key in warm and bypass:
+                start, errors[key] = _warm_start(bypass, *weighted_error(whole, key, warm[key], origin, moment))
+                adapter.recovery |= {f"{key}.{part}": tensor for part, tensor in start.items()}
+    return adapter, replace(report, errors=errors)
 
 
-def fresh_lora(like: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """A LoRA of the same shape as PEFT starts it: A uniform as Kaiming (a = sqrt(5)), B = 0."""
-    generator = torch.Generator().manual_seed(seed)
-    made: dict[str, Tensor] = {}
-    for key, tensor in sorted(like.items()):
-        made[key] = torch.zeros_like(tensor)
-        if ".lora_A." in key:
-            made[key].copy_(nn.init.kaiming_uniform_(torch.empty(tensor.shape), a=5**0.5, generator=generator))
-    return made
+def _lost_inputs(report: Inheritance, layer: str) -> bool:
+    return report.sliced[layer][0] != report.mapped[layer][0]
 
 
-def random_bypasses(layers: Mapping[str, nn.Linear], rank: int, activation: str) -> dict[str, Tensor]:
+def _needed(reference: PreTrainedModel | None, calibration: Sequence[Example], why: str) -> PreTrainedModel:
+    if reference is None:
+        raise CaloraError("reference", f"the uncompressed model, for {why}", None, "give it")
+    if not calibration:
+        raise CaloraError("calibration", f"examples of the task, for {why}", "none", "give some")
+    return reference
+
+
+@contextmanager
+def _taught(reference: PreTrainedModel, teacher: Adapter | None) -> Iterator[None]:
+    """The teacher's LoRA on the reference, for as long as the block runs."""
+    if teacher is None:
+        yield
+        return
+    attach_adapter(reference, teacher, TEACHER)
+    try:
+        set_active(reference, TEACHER)
+        yield
+    finally:
+        detach_adapter(reference, TEACHER)
+
+
+def random_bypasses(layers: Mapping[str, nn.Linear], rank: int, activation: str, seed: int = 0) -> dict[str, Tensor]:
     """The paper's start: D random, U = 0."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     recovery: dict[str, Tensor] = {}
     for key, layer in layers.items():
         bypass = RecoveryBypass(layer.in_features, layer.out_features, rank, activation)
@@ -147,23 +212,45 @@ def random_bypasses(layers: Mapping[str, nn.Linear], rank: int, activation: str)
     return recovery
 
 
-def weighted_errors(
-    reference: PreTrainedModel, layers: Mapping[str, nn.Linear], origin: Origin, calibration: Sequence[Example]
-) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
-    """Yield (layer, X^T X [in, in], W, E = W - W_c [out, in]), in the shape of the compressed layer.
+def _moments(
+    reference: PreTrainedModel, layers: Sequence[str], origin: Origin, calibration: Sequence[Example]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (compressed layer, X^T X [in, in]); X are the inputs that the *uncompressed* model sees.
 
-    X are the inputs that the *uncompressed* model sees: those of the compressed one have drifted, and a correction
-    that is fitted to them is far worse (docs/method.md has the figures). Where inputs were cut, W is the best that the
-    remaining ones can do.
+    Those of the compressed one have drifted, and a correction that is fitted to them is far worse (docs/method.md has
+    the figures).
     """
     whole, names = linear_layers(reference), {origin.source(key): key for key in layers}
+    missing = sorted(set(names) - set(whole))
+    if missing:
+        raise CaloraError("reference", "the model that was compressed", f"one without {missing[0]}", "give that one")
     moments = input_second_moments(reference, calibration, {source: whole[source] for source in names})
     for source, moment in progress(moments, "warm start", "layers", len(layers)):
-        key = names[source]
-        weight, columns = origin.slice_rows(key, whole[source].weight.detach().float()), origin.columns(key)
-        if columns is not None:
-            weight, moment = compensated(weight, moment, columns), moment[columns][:, columns]
-        yield key, moment, weight, weight - dense_weight(layers[key], torch.float32)
+        yield names[source], moment
+
+
+def weighted_error(
+    reference: PreTrainedModel, key: str, layer: nn.Linear, origin: Origin, moment: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(X^T X [in, in], W, E = W - W_c [out, in]) of a layer, in the shape of the compressed one.
+
+    Where inputs were cut, W is the best that the remaining ones can do.
+    """
+    whole = linear_layers(reference)[origin.source(key)]
+    weight, columns = origin.slice_rows(key, whole.weight.detach().float()), origin.columns(key)
+    if columns is not None:
+        weight, moment = compensated(weight, moment, columns), moment[columns][:, columns]
+    return moment, weight, weight - dense_weight(layer, torch.float32)
+
+
+def _warm_start(bypass: Bypass, moment: Tensor, weight: Tensor, error: Tensor) -> tuple[dict[str, Tensor], list[float]]:
+    """The bypass's down and up (none where there is nothing to correct), and the error [before, after]."""
+    before = relative(error, weight, moment)
+    if not bool(error.any()):  # a zero start in both factors could never learn
+        return {}, [before, before]
+    p, q = best_linear_correction(error, moment, correction_rank(bypass.rank, bypass.activation))
+    down, up = linear_as_bypass(p, q, bypass.activation, bypass.rank)
+    return {"down": down, "up": up}, [before, relative(error - (p @ q).T, weight, moment)]
 
 
 def relative(error: Tensor, weight: Tensor, moment: Tensor) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from calora.errors import CaloraError
 
@@ -38,9 +39,11 @@ class RecoveryBypass(nn.Module):
         super().__init__()
         widest = min(in_features, out_features)
         if not 1 <= rank <= widest:
-            raise CaloraError("rank of the bypass", f"1 to {widest} (the layer's width)", rank, "set inherit.rank")
+            raise CaloraError(
+                "rank of the bypass", f"1 to {widest} (the layer's width)", rank, "choose a rank in that range"
+            )
         if activation not in ACTIVATIONS:
-            raise CaloraError("activation", f"one of {', '.join(ACTIVATIONS)}", activation, "set inherit.activation")
+            raise CaloraError("activation", f"one of {', '.join(ACTIVATIONS)}", activation, "choose one of them")
         self.activation = activation
         self.down = nn.Parameter(torch.randn(in_features, rank) / in_features**0.5)
         self.up = nn.Parameter(torch.zeros(rank, out_features))
@@ -76,6 +79,7 @@ class Bypasses(nn.ModuleDict):
     """The bypasses of one linear layer, by adapter name; only the active one is applied."""
 
     active: str | None = None
+    hook: RemovableHandle
 
     @property
     def current(self) -> RecoveryBypass | None:
@@ -99,9 +103,20 @@ def attach(layer: nn.Module, name: str, bypass: RecoveryBypass) -> None:
     """
     if not hasattr(layer, CHILD):
         layer.add_module(CHILD, Bypasses())
-        layer.register_forward_hook(_add_bypass)
+        getattr(layer, CHILD).hook = layer.register_forward_hook(_add_bypass)
     bypasses: Bypasses = getattr(layer, CHILD)
     bypasses[name] = bypass
+
+
+def detach(model: nn.Module, name: str) -> None:
+    """Take the bypasses called `name` off; a layer without any other is as it was before the first."""
+    for layer in list(model.modules()):
+        bypasses = layer._modules.get(CHILD)
+        if isinstance(bypasses, Bypasses) and name in bypasses:
+            del bypasses[name]
+            if not bypasses:
+                bypasses.hook.remove()
+                delattr(layer, CHILD)
 
 
 def bypasses_of(model: nn.Module) -> Iterator[tuple[str, Bypasses]]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from calora.errors import CaloraError
+from calora.recovery.bypass import ACTIVATIONS
 
 
 def best_linear_correction(error: Tensor, moment: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -25,7 +26,7 @@ def best_linear_correction(error: Tensor, moment: Tensor, rank: int) -> tuple[Te
 
     P and Q share the size of the correction equally (equal Frobenius norms), so that both learn at one rate.
     """
-    error, moment = error.double(), moment.double()
+    error, moment = error.double(), moment.double()  # may be the caller's own: they are read only
     if error.shape[0] <= error.shape[1]:
         basis = torch.linalg.eigh(error @ moment @ error.T).eigenvectors[:, -rank:]  # [out, k]
     else:  # the smaller Gram matrix: with C = S S^T, left vectors of E S from right ones
@@ -39,22 +40,29 @@ def best_linear_correction(error: Tensor, moment: Tensor, rank: int) -> tuple[Te
 
 
 def linear_as_bypass(p: Tensor, q: Tensor, activation: str, rank: int) -> tuple[Tensor, Tensor]:
-    """D [in, rank], U [rank, out] of a bypass that equals the linear map P Q exactly; k <= rank / 2 unless linear."""
-    if activation == "identity":
-        down, up = p, q
-    else:
-        down, up = torch.cat([p, -p], dim=1), torch.cat([q, -q])
-    if down.shape[1] != rank:
-        raise CaloraError(
-            "warm start", f"a correction that fills rank {rank}", down.shape[1], "set an even inherit.rank"
-        )
-    return down, up
+    """D [in, rank], U [rank, out] of a bypass that equals the linear map P Q exactly.
+
+    Raises:
+        CaloraError: P [in, k] and Q [k, out] do not fill the rank: k is not `correction_rank(rank, activation)`.
+    """
+    k = correction_rank(rank, activation)
+    if p.shape[1] != k:
+        raise CaloraError("warm start", f"a correction of rank {k}, which fills rank {rank}", p.shape[1], "cut it at k")
+    return (p, q) if k == rank else (torch.cat([p, -p], dim=1), torch.cat([q, -q]))
 
 
 def correction_rank(rank: int, activation: str) -> int:
-    """Rank k of the linear correction that a bypass of this rank and activation can hold."""
-    if activation == "identity":
+    """Rank k of the linear correction that a bypass can hold: rank if it is linear, else rank / 2.
+
+    Raises:
+        CaloraError: no such bypass is linear: sigma(z) - sigma(-z) is not z, or the rank is odd.
+    """
+    sigma, z = ACTIVATIONS[activation], torch.linspace(-8, 8, 257, dtype=torch.float64)
+    if torch.equal(sigma(z), z):
         return rank
+    if not torch.allclose(sigma(z) - sigma(-z), z, rtol=0, atol=1e-12):
+        expected = "an activation with sigma(z) - sigma(-z) = z for the warm start"
+        raise CaloraError("activation", expected, activation, "start from zero, or take gelu, silu, relu or identity")
     if rank % 2:
-        raise CaloraError("inherit.rank", f"an even rank for the warm start with {activation}", rank, "set it even")
+        raise CaloraError("rank", f"an even rank for the warm start with {activation}", rank, "choose an even rank")
     return rank // 2

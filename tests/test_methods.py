@@ -1,0 +1,123 @@
+"""Methods are entries of params.yaml: what one takes from another, and what a new one needs (no code)."""
+
+import importlib
+import json
+import os
+
+import pytest
+import torch
+import yaml
+
+from calora.adapters.folder import read_adapter
+from calora.distillation.loss import Weights, loss_of
+from calora.errors import CaloraError
+from calora.models.families import Batch, Output
+from stages.config import load_params
+from stages.looks import LOOKS, key_of, look_of
+from stages.resolve import resolve
+from tests.conftest import ROOT, change, make_project
+from tests.test_stages import FIRST, LAST, OF_METHODS, calibration_texts
+
+NEW = {  # each an entry, and nothing else
+    "lora_vo": {"like": "clm", "start": {"lora": {"targets": ["v_proj", "o_proj"], "rank": 8, "lora_alpha": 8}}, "loss": "labels"},
+    "no_labels": {"like": "calora", "loss": {"task": 0.0, "unlabelled_every": 1}},
+    "bypass_alone": {"like": "calora", "start": {"lora": "none"}},
+    "fresh_of_bypass": {"like": "clm", "start": {"lora": "fresh", "budget": "bypass_alone"}, "loss": "labels"},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    before = os.getcwd()
+    folder = make_project(tmp_path_factory.mktemp("methods"))
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    change(folder, "methods", params["methods"] | NEW)
+    change(folder, "compare", ["clm_lora", *NEW, "calora"])
+    os.chdir(folder)
+    calibration_texts(folder)
+    loaded = load_params()
+    of_methods = ((stage, "toy", "q8_up", method) for method in loaded.compare for stage in OF_METHODS)
+    for name, *arguments in (*FIRST, *of_methods, *LAST):
+        if name != "calibration":
+            importlib.import_module(f"stages.{name}").main(loaded, *arguments)
+    yield folder
+    os.chdir(before)
+
+
+def adapter(project, method):
+    return read_adapter(project / "models" / method / "toy/q8_up")
+
+
+def test_a_new_baseline_is_an_entry_of_params(project):
+    made = adapter(project, "lora_vo")
+    assert {key.split(".lora_")[0].rsplit(".", 1)[-1] for key in made.lora} == {"v_proj", "o_proj"}
+    assert {t.shape[0] for key, t in made.lora.items() if ".lora_A." in key} == {8} and not made.recovery
+    metrics = json.loads((project / "results/toy/q8_up/metrics.json").read_text())
+    assert metrics["methods"]["clm_lora_vo"]["trainable_parameters"] == made.parameters
+    assert "CLM + lora vo" in (project / "results/table.md").read_text()
+    assert (project / "results/toy/q8_up/curves/lora_vo/train/loss.tsv").exists()
+
+
+def test_equal_budgets_are_equal_layer_by_layer(project):
+    for fresh, other in (("clm_lora", "calora"), ("fresh_of_bypass", "bypass_alone")):
+        ours, theirs = adapter(project, fresh), adapter(project, other)
+        assert ours.parameters == theirs.parameters and not ours.recovery
+        sizes = {}
+        for part in (theirs.lora, theirs.recovery):
+            for key, tensor in part.items():
+                layer = key.split(".lora_")[0] if ".lora_" in key else key.rsplit(".", 1)[0]
+                sizes[layer] = sizes.get(layer, 0) + tensor.numel()
+        for layer, size in sizes.items():
+            assert sum(t.numel() for key, t in ours.lora.items() if key.startswith(f"{layer}.lora_")) == size
+
+
+def test_an_adapter_may_be_a_bypass_alone(project):
+    made = adapter(project, "bypass_alone")
+    assert made.recovery and not made.lora and made.config is None
+    assert not (project / "models/bypass_alone/toy/q8_up/adapter_config.json").exists()
+
+
+def test_without_labels_every_step_is_unlabelled(project):
+    history = json.loads((project / "models/no_labels/toy/q8_up/history.json").read_text())
+    assert history["losses"] and all("task" not in row and "kl" in row for row in history["losses"])
+
+
+def test_a_start_is_the_same_whatever_is_learnt_from_it(project):
+    a, b = (read_adapter(project / "models/inherited/toy/q8_up" / method) for method in ("calora", "no_labels"))
+    assert all(torch.equal(tensor, b.recovery[key]) for key, tensor in a.recovery.items())
+    assert all(torch.equal(tensor, b.lora[key]) for key, tensor in a.lora.items())
+
+
+def test_what_like_and_budget_name_is_filled_in():
+    methods = resolve(load_params(ROOT / "params.yaml").methods)
+    whole, paper = methods["calora"], methods["paper"]
+    assert paper["start"]["bypass"] == {**whole["start"]["bypass"], "start": "zero"}
+    assert paper["loss"] == {**whole["loss"], "kl": 0.0, "unlabelled_every": 0}
+    assert methods["clm_lora"]["start"]["budget"] == whole["start"]
+    assert methods["clm"] == {"start": {**whole["start"], "lora": "none", "bypass": None}, "loss": None}
+
+
+def test_every_method_has_a_look_and_a_name_in_results():
+    assert [key_of(name) for name in ("clm", "clm_lora", "calora")] == ["clm", "clm_lora", "clm_calora"]
+    assert key_of("clmx") == "clm_clmx"
+    assert look_of("clm_calora") is LOOKS["clm_calora"] and look_of("clm_new_one").label == "CLM + new one"
+
+
+def test_the_loss_is_the_weighted_sum_of_its_parts():
+    torch.manual_seed(0)
+    hidden, mask = torch.randn(2, 3, 4), torch.ones(2, 3, dtype=torch.bool)
+    output, labels = Output({"decoder": hidden}, torch.randn(2, 7)), torch.tensor([1, 5])
+    batch = Batch({}, (torch.arange(2), torch.tensor([2, 2])), labels, {"decoder": mask})
+    from calora.distillation.targets import Target
+
+    target = Target({"decoder": torch.randn(6, 4)}, torch.tensor([[0, 1], [2, 3]]), torch.randn(2, 2))
+    weights = Weights(0.5, {"decoder": 0.1}, 2.0, 3.0, 4.0, 2)
+    found = loss_of(output, batch, target, weights, labelled=True)
+    task = torch.nn.functional.cross_entropy(output.logits, labels)
+    distance = ((hidden[mask] - target.hidden["decoder"]) ** 2).mean()
+    torch.testing.assert_close(found["loss"], 0.5 * task + 3 * (0.1 * distance + 2 * found["kl"]))
+    found = loss_of(output, batch, target, weights, labelled=False)
+    torch.testing.assert_close(found["loss"], 4 * (0.1 * distance + 2 * found["kl"]))
+    assert set(loss_of(output, batch, None, Weights(), labelled=True)) == {"task", "loss"}
+    with pytest.raises(CaloraError, match="a weight above 0 on unlabelled texts"):
+        loss_of(output, batch, None, Weights(), labelled=False)
