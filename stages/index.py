@@ -24,6 +24,7 @@ from packaging.utils import (
 )
 
 from calora.common.progress import progress
+from calora.errors import CaloraError
 
 MEGABYTE = 10**6
 JSON = "application/vnd.pypi.simple.v1+json"
@@ -52,11 +53,19 @@ class Link:
 
 
 class Pip:
-    """pip's settings, as `pip config list` has them: the places, certificates, proxy, patience."""
+    """pip's settings, as `pip config list` has them: the places, certificates, proxy, patience.
+
+    Raises:
+        CaloraError: pip cannot read them.
+    """
 
     def __init__(self) -> None:
         command = [sys.executable, "-m", "pip", "config", "list", "--disable-pip-version-check"]
-        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        answer = subprocess.run(command, capture_output=True, text=True)
+        if answer.returncode:
+            found = (answer.stderr.strip().splitlines() or ["no answer"])[-1]
+            raise CaloraError("pip config list", "pip's settings", found[:200], "mend pip's configuration")
+        lines = answer.stdout.splitlines()
         self.settings: dict[str, str] = {}
         for section in ("global.", "download.", ":env:."):  # a later one goes before, as in pip
             for line in lines:

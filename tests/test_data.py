@@ -16,9 +16,9 @@ from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast, T5Confi
 from calora.common.artifacts import fingerprint, read_json, write_json, write_tensors
 from calora.errors import CaloraError
 from calora.models.tasks import Task, positions
-from stages import download
+from stages import download, small
 from stages.config import load_params
-from tests.conftest import ROOT, TASK, change
+from tests.conftest import ROOT, TASK, change, make_project
 
 SPLITS = ("train", "validation", "test")
 
@@ -354,7 +354,8 @@ def test_dvc_notices_what_the_user_edits(folder, tmp_path_factory, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "prompt", ["{text:>9999999999}", "{text!r}", "{text.real}", "{text[0]}", "{}", "{text", "text}", "{text:{text}}"]
+    "prompt",
+    ["{text:>9999999999}", "{text!r}", "{text.real}", "{text[0]}", "{}", "{text", "text}", "{text:{text}}", "text"],
 )
 def test_a_prompt_holds_columns_alone(prompt):
     with pytest.raises(CaloraError, match="prompt of task toy"):
@@ -425,6 +426,21 @@ def test_positions_are_those_that_the_model_has(kind):
     model(torch.full((1, count), 5), attention_mask=torch.ones(1, count, dtype=torch.long))
     with pytest.raises((IndexError, RuntimeError, ValueError)):
         model(torch.full((1, count + 1), 5), attention_mask=torch.ones(1, count + 1, dtype=torch.long))
+
+
+def test_a_prompt_longer_than_the_small_encoders_positions(tmp_path, monkeypatch):
+    folder = make_project(tmp_path / "p")  # its encoder has 64 positions
+    monkeypatch.chdir(folder)
+    source(max_tokens=200)
+    change(folder, "train.steps", 2)
+    for split in SPLITS:
+        rows = [json.loads(line) for line in Path(f"own/{split}.jsonl").read_text().splitlines()[:8]]
+        long = [{**row, "text": "film " * 100 + row["text"]} for row in rows]
+        Path(f"own/{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in long))
+    download.main(load_params(), "toy")
+    shutil.copytree("sources/small", "models/small")
+    small.main(load_params(), "toy")
+    assert Path("models/small_lora/toy/adapter_model.safetensors").exists()
 
 
 def test_a_model_without_a_number_of_positions():

@@ -82,6 +82,13 @@ def address():
     server.shutdown()
 
 
+def test_settings_that_pip_cannot_read(pip, tmp_path, monkeypatch):
+    (tmp_path / "pip.conf").write_text("no section")
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
+    with pytest.raises(CaloraError, match="pip config list"):
+        fetch("tiny", "1.0", DIGEST)
+
+
 def cached():
     return [path.name for path in Path("cache").glob("*")]
 

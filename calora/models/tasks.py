@@ -57,6 +57,8 @@ class Task:
             if name is not None and (not name or form or conversion or set(name) & set(".[]")):
                 found = f"{{{name}{'!' if conversion else ''}{conversion or ''}{':' if form else ''}{form or ''}}}"
                 raise CaloraError(where, "columns in braces, such as {text}", found, "name a column, and no more")
+        if not self.columns:
+            raise CaloraError(where, "columns in braces, such as {text}", "none", "name a column")
         for name, value in (("max_tokens", self.max_tokens), ("max_new_tokens", self.max_new_tokens)):
             if value < 1:
                 raise CaloraError(f"{name} of task {self.name}", "1 or more", value, "correct it")
