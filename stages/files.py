@@ -41,15 +41,14 @@ def read_file(path: Path) -> Rows:
     Raises:
         CaloraError: not one of READERS, or broken; names the row.
     """
-    kind = path.suffixes[-2] if path.suffix == ".gz" and len(path.suffixes) > 1 else path.suffix
+    packed = path.suffix.lower() == ".gz"
+    kind = (path.with_suffix("") if packed else path).suffix.lower()
     if kind == ".parquet":
         return _parquet(path)
     if kind not in READERS:
         known = ", ".join(READERS)
-        raise CaloraError(
-            path, f"a file of {known} (.gz too) or .parquet", f"a {path.suffix or 'bare'} file", "convert it"
-        )
-    opened: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
+        raise CaloraError(path, f"a file of {known} (.gz too) or .parquet", f"a {kind or 'bare'} file", "convert it")
+    opened: Callable[..., Any] = gzip.open if packed else open
     try:
         # A line ends at its line feed: a lone carriage return or a mark of Unicode's is a part of the text.
         with opened(path, "rt", encoding="utf-8-sig", newline="" if kind == ".csv" else "\n") as stream:
