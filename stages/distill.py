@@ -21,7 +21,7 @@ from calora.distillation.loss import Weights
 from calora.distillation.targets import Targets
 from calora.distillation.training import Checkpoint, History
 from calora.models.loading import training_attention
-from calora.models.tasks import Task, encode_all
+from calora.models.tasks import Task, encode_all, positions
 from calora.recovery.bypass import activate
 from stages.common import METHODS, adapter, compressed, inherited, results, run, targets
 from stages.config import Params
@@ -69,10 +69,12 @@ def trained(
 ) -> tuple[Adapter, History]:
     """The adapter after all steps, at its best validation score."""
 
+    limit = positions(model.config)
+
     def pool(split: str) -> Pool | None:
         rows = read_split(task.name, split)
         told = Targets(targets(task.name) / split) if rows and loss.needs_teacher else None
-        return Pool(encode_all(task, model.calora_tokenizer, rows), told) if rows else None
+        return Pool(encode_all(task, model.calora_tokenizer, rows, limit), told) if rows else None
 
     labelled = pool("train")
     assert labelled is not None  # read_split raises on an empty training split

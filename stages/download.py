@@ -1,16 +1,22 @@
-"""Fetch a task's texts and split them. Writes data/<task>: task.json, train, validation, test, unlabelled (JSON lines)."""
+"""Fetch a task's texts and split them, and its adapter where the user has one.
+
+Writes data/<task>: task.json; train, validation, test, unlabelled (JSON lines); adapter/ (from teacher.adapters).
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 from typing import Any
 
-from calora.common.artifacts import whole_directory, write_json, write_text
+from calora.common.artifacts import check_tensors, fingerprint, read_json, whole_directory, write_json, write_text
 from calora.errors import CaloraError
 from calora.models.tasks import Task
 from stages.common import data, run
-from stages.config import Params
-from stages.corpora import split_pools, task_of
+from stages.config import Imported, Params
+from stages.corpora import SPLITS, split_pools, task_of
+from stages.files import own_path
 
 
 def main(params: Params, name: str) -> None:
@@ -29,14 +35,35 @@ def main(params: Params, name: str) -> None:
         "test": [row for row in pools["test"] if row["label"] is not None][: sizes.test],
         "unlabelled": rest[: sizes.unlabelled],
     }
-    for split in ("train", "validation", "test"):
+    for split in SPLITS:
         if not splits[split]:
-            raise CaloraError(f"data.sets.{name}", f"rows for the {split} split", "none", "check its source and sizes")
+            fix = "check its source (a text counts once: in test, else in validation, else in train)"
+            found = f"{len(pools[split])} rows, none with a label"
+            raise CaloraError(f"data.sets.{name}", f"labelled rows for the {split} split", found, fix)
+    imported = params.teacher.adapters.get(name)
     with whole_directory(data(name)) as scratch:
+        if imported:
+            copy_adapter(f"teacher.adapters.{name}", imported, scratch / "adapter")
         write_json(scratch / "task.json", task.to_json())
         for split, rows in splits.items():
             write_text(scratch / f"{split}.jsonl", "".join(json.dumps(finished(row, task)) + "\n" for row in rows))
-            print(f"{name}: {len(rows)} {split}")
+            left = 0 if split in ("train", "unlabelled") else sum(row["label"] is None for row in pools[split])
+            print(f"{name}: {len(rows)} {split}" + (f" ({left} without a label left out)" if left else ""))
+
+
+def copy_adapter(where: str, imported: Imported, target: Path) -> None:
+    """The user's adapter, weights and configuration alone: what `teacher` takes follows from its content."""
+    folder = own_path(imported.path, where)
+    if not folder.is_dir():
+        raise CaloraError(where, "a folder that PEFT wrote", f"a file, {folder}", "name its folder")
+    target.mkdir()
+    read_json(folder / "adapter_config.json", "name a folder that PEFT wrote")
+    check_tensors(folder / "adapter_model.safetensors", "name a folder that PEFT wrote")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copyfile(folder / name, target / name)
+    found = fingerprint(target)
+    if imported.sha256 not in (None, found):
+        raise CaloraError(folder, f"weights with fingerprint {imported.sha256}", found, f"put that into {where}")
 
 
 def strip(row: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from calora.inheritance.fresh import equal_budget, fresh_adapter
 from calora.inheritance.inherit import Bypass, Inheritance, inherit
 from calora.models.anatomy import linear_layers
 from calora.models.loading import load_model
-from calora.models.tasks import encode_all
+from calora.models.tasks import encode_all, positions
 from calora.saving import REPORT
 from stages.common import BASE, METHODS, compressed, inherited, run, teacher
 from stages.config import Params, Start
@@ -76,7 +76,7 @@ def carried(start: Start, lora: str, model: Compressed, name: str, seed: int) ->
     if (bypass is not None and bypass.start != "zero") or (lora == "inherited" and model.calora_origin.kept):
         reference = load_model(BASE)
         rows = read_split(name, "train")[: start.calibration_texts]
-        calibration = encode_all(read_task(name), model.calora_tokenizer, rows)
+        calibration = encode_all(read_task(name), model.calora_tokenizer, rows, positions(model.config))
     return inherit(
         model, read_plain_lora(teacher(name)), lora=lora, bypass=bypass, reference=reference,
         calibration=calibration, origin=model.calora_origin, seed=seed,

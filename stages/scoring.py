@@ -10,7 +10,7 @@ from sklearn.metrics import f1_score
 from calora.common.parallel import place
 from calora.evaluation.metrics import token_f1
 from calora.evaluation.predict import correct, predict
-from calora.models.tasks import Task, encode_all
+from calora.models.tasks import Task, encode_all, positions
 from stages.config import Params
 from stages.scored import Scored
 from stages.splits import read_split
@@ -21,7 +21,7 @@ def score_test(
 ) -> Scored:
     """Answers and whether each is right."""
     place(model)
-    examples = encode_all(task, tokenizer, read_split(task.name, "test"))
+    examples = encode_all(task, tokenizer, read_split(task.name, "test"), positions(model.config))
     predictions = predict(model, task, tokenizer, examples, params.evaluate.batch_size, f"{task.name}: {title}")
     hits = correct(predictions, examples)
     accuracy = round(sum(hits) / len(hits), 4)

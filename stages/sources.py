@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import subprocess
-import sys
 import tarfile
 import zipfile
 from collections.abc import Iterator
@@ -13,61 +11,65 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
+import requests
+
 from calora.common.artifacts import sha256
 from calora.errors import CaloraError
+from stages.index import Link, Pip
 
 CACHE = Path(os.environ.get("CALORA_DOWNLOADS", ".cache/downloads"))
 
 
-def fetch(package: str, version: str, digest: str, sdist: bool) -> Path:
-    """The distribution file `package==version` with this SHA-256, from the download cache or from PyPI.
+def fetch(package: str, version: str, digest: str) -> Path:
+    """The file of `package==version` with this SHA-256, from the download cache or from where pip is set to look.
 
-    pip downloads it without installing it; the hash is checked before anything in it is opened.
+    Nothing in it is run; the hash is checked before anything in it is opened.
+
+    Raises:
+        CaloraError: no place answers, or none has that version, or none has that file of it.
     """
     for cached in CACHE.glob("*"):
         if cached.is_file() and sha256(cached) == digest:
             return cached
+    print(f"downloading {package}=={version}", flush=True)
+    pip = Pip()
+    links: list[Link] = []
+    unreached = None
+    for page in pip.pages(package):
+        try:
+            listed = [link for link in pip.links(page) if link.version_of(package)]
+            links += listed
+            for link in listed:
+                if link.version_of(package) == version and link.sha256 in ("", digest):
+                    file = _checked(pip, link, digest)
+                    if file:
+                        return file
+        except requests.RequestException as error:
+            unreached = error
+    raise _not_found(package, version, digest, links, unreached)
+
+
+def _checked(pip: Pip, link: Link, digest: str) -> Path | None:
+    """The file of a link in the cache; None if it is another one."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=CACHE) as scratch:
-        requirement = Path(scratch) / "requirement.txt"
-        requirement.write_text(f"{package}=={version} --hash=sha256:{digest}\n")
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--no-deps",
-            "--require-hashes",
-            "--disable-pip-version-check",
-        ]
-        command += [] if sys.stdout.isatty() else ["--quiet"]  # its progress bar, for a person
-        command += ["--no-binary", ":all:"] if sdist else ["--only-binary", ":all:"]
-        print(f"downloading {package}=={version}", flush=True)
-        result = subprocess.run([*command, "-d", scratch, "-r", str(requirement)], stderr=subprocess.PIPE, text=True)
-        if result.returncode:
-            raise _explained(result.stderr, f"{package}=={version}", digest)
-        requirement.unlink()
-        [file] = Path(scratch).iterdir()
-        return file.replace(CACHE / file.name)
+        file = Path(scratch) / link.name
+        pip.save(link, file)
+        return file.replace(CACHE / file.name) if sha256(file) == digest else None
 
 
-def _explained(output: str, requirement: str, digest: str) -> CaloraError:
-    if "DO NOT MATCH THE HASHES" in output or "Expected sha256" in output:
-        got = next((line.split()[-1] for line in output.splitlines() if "Got" in line), "another hash")
-        return CaloraError(
-            f"download of {requirement}", f"SHA-256 {digest}", got, "check version and sha256 in params.yaml"
-        )
-    if "No matching distribution" in output and "(from versions: none)" not in output:
-        return CaloraError(
-            f"download of {requirement}", "a published version", "none", "check the package in params.yaml"
-        )
-    last = [line for line in output.splitlines() if line.strip()][-1:] or ["no answer"]
-    return CaloraError(
-        f"download of {requirement}",
-        "the package index to answer with it",
-        last[0][:200],
-        f"connect to the network, check the name in params.yaml, or put the file into {CACHE}",
-    )
+def _not_found(package: str, version: str, digest: str, links: list[Link], unreached: Exception | None) -> CaloraError:
+    where = f"download of {package}=={version}"
+    same = [link for link in links if link.version_of(package) == version]
+    if same:
+        found = ", ".join(f"{link.name} {link.sha256}".strip() for link in same)
+        return CaloraError(where, f"a file of SHA-256 {digest}", found, "check version and sha256 in params.yaml")
+    if links:
+        found = ", ".join(sorted({link.version_of(package) or "" for link in links}))
+        return CaloraError(where, "a published version", found[-200:], "check the package in params.yaml")
+    fix = f"connect to the network, check the name in params.yaml, or put the file into {CACHE}"
+    found = first_line(unreached) if unreached else "no package of that name"
+    return CaloraError(where, "the package index to answer with it", found, fix)
 
 
 def first_line(error: Exception) -> str:

@@ -20,7 +20,7 @@ from calora.common.parallel import only_first_goes_on, place
 from calora.distillation.targets import write_targets
 from calora.distillation.training import Checkpoint
 from calora.models.loading import load_model, load_tokenizer, training_attention
-from calora.models.tasks import Task, encode_all
+from calora.models.tasks import Task, encode_all, positions
 from stages.common import BASE, CHECKPOINTS, data, run, targets, teacher
 from stages.config import Params
 from stages.splits import read_split, read_task
@@ -67,7 +67,7 @@ def store_targets(params: Params, task: Task) -> None:
     key = run_key(params, task.name, [BASE, teacher(task.name)], (params.teacher.top_k, str(model.dtype)))
     unfinished = CHECKPOINTS / targets(task.name) / key
     for split in ("train", "unlabelled"):
-        examples = encode_all(task, tokenizer, read_split(task.name, split))
+        examples = encode_all(task, tokenizer, read_split(task.name, split), positions(model.config))
         if examples:
             write_targets(
                 unfinished / split, model, task, tokenizer, examples,

@@ -20,7 +20,7 @@ from calora.common.versions import versions
 from calora.distillation.distill import finetune
 from calora.distillation.training import Checkpoint, Schedule
 from calora.evaluation.predict import accuracy
-from calora.models.tasks import Task, encode_all
+from calora.models.tasks import Task, encode_all, positions
 from stages.common import CHECKPOINTS, data
 from stages.config import Params
 from stages.splits import read_split
@@ -37,7 +37,7 @@ def schedule(params: Params) -> Schedule:
 
 def scorer(model: Any, task: Task, tokenizer: Any, params: Params) -> Score:
     """() -> accuracy on the validation split."""
-    examples = encode_all(task, tokenizer, read_split(task.name, "validation"))
+    examples = encode_all(task, tokenizer, read_split(task.name, "validation"), positions(model.config))
     return lambda: accuracy(model, task, tokenizer, examples, params.train.eval_batch_size)
 
 
@@ -79,8 +79,9 @@ def train_lora(
         The checkpoint of the finished training, for the caller to clear when its stage is done.
     """
     saved = checkpoint(folder, run_key(params, task.name, [base], (config.to_dict(), str(model.dtype))))
+    examples = encode_all(task, tokenizer, read_split(task.name, "train"), positions(model.config))
     adapter, history = finetune(
-        model, config, encode_all(task, tokenizer, read_split(task.name, "train")), scorer(model, task, tokenizer, params),
+        model, config, examples, scorer(model, task, tokenizer, params),
         batch_size=params.train.batch_size, schedule=schedule(params), seed=params.seed, checkpoint=saved, title=str(folder),
     )  # fmt: skip
     only_first_goes_on()

@@ -115,13 +115,13 @@ def make_project(folder: Path, kind: str = "llama", answers: bool = True) -> Pat
         shutil.copy(ROOT / name, folder)
     base = make_model(kind, folder / "sources/base")
     small = make_model("bert", folder / "sources/small", torch.float32)
-    (folder / "sources/corpus").mkdir()
+    (folder / "own").mkdir()
     for split, count in (("train", 40), ("validation", 12), ("test", 16)):
         rows = toy_rows(count, len(split))
         if not answers:
             rows = [{"text": r["text"], "label": TASK.answers[int(str(r["label"]))]} for r in rows]
         lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"sources/{split}.jsonl").write_text(lines)
+        (folder / f"own/{split}.jsonl").write_text(lines)
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["base"] = {"source": "path", "path": str(base), "sha256": fingerprint(base)}
     params["small"] = {"source": "path", "path": str(small), "sha256": fingerprint(small)}
@@ -129,8 +129,8 @@ def make_project(folder: Path, kind: str = "llama", answers: bool = True) -> Pat
     params["data"]["sizes"] = {"train": 24, "unlabelled": 12, "validation": 12, "test": 16}
     params["data"]["sets"] = {
         "toy": {
-            "source": "files", "train": "sources/train.jsonl", "validation": "sources/validation.jsonl",
-            "test": "sources/test.jsonl", "label": "label", "labels": [0, 1] if answers else [],
+            "source": "files", "train": "own/train.jsonl", "validation": "own/validation.jsonl",
+            "test": "own/test.jsonl", "label": "label", "labels": [0, 1] if answers else [],
             "prompt": TASK.prompt, "answers": list(TASK.answers) if answers else [], "max_tokens": 32,
             "max_new_tokens": 3,
         }

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "calora": {
         "calora", "torch", "transformers", "peft", "safetensors", "accelerate", "huggingface_hub", "tqdm", "numpy", "scipy",
     },
-    "stages": {"calora", "stages", "pydantic", "yaml", "torch", "transformers", "safetensors", "datasets", "huggingface_hub", "sklearn", "matplotlib", "peft"},
+    "stages": {"calora", "stages", "pydantic", "yaml", "torch", "transformers", "safetensors", "datasets", "huggingface_hub", "sklearn", "matplotlib", "peft", "pyarrow", "requests", "packaging"},
     "pipeline": {
         "pipeline", "stages", "calora", "dvc", "prefect", "pydantic", "yaml", "ruamel", "networkx", "rich", "tqdm", "numpy", "matplotlib",
         "vl_convert", "jinja2", "markupsafe", "filelock",

@@ -34,7 +34,7 @@ COMPARED = ["clm", "clm_inherited", "clm_lora", "clm_lora_qk", "calora"]
 
 def calibration_texts(folder: Path) -> None:
     (folder / "data/calibration").mkdir(parents=True)
-    shutil.copy(folder / "sources/train.jsonl", folder / "data/calibration/texts.jsonl")
+    shutil.copy(folder / "own/train.jsonl", folder / "data/calibration/texts.jsonl")
 
 
 def run_all(folder: Path) -> None:
@@ -216,12 +216,13 @@ def test_an_adapter_of_ones_own_is_imported(project, tmp_path, monkeypatch):
     shutil.copytree(project, folder, symlinks=True)
     monkeypatch.chdir(folder)
     own = calora.common.artifacts.fingerprint(folder / "models/teacher/toy")
-    shutil.copytree(folder / "models/teacher/toy", folder / "own")
-    change(folder, "teacher.adapters", {"toy": {"path": "own", "sha256": "0" * 64}})
+    shutil.copytree(folder / "models/teacher/toy", folder / "own/lora")
+    change(folder, "teacher.adapters", {"toy": {"path": "own/lora", "sha256": "0" * 64}})
     with pytest.raises(CaloraError, match=own):
-        importlib.import_module("stages.teacher").main(load_params(), "toy")
-    change(folder, "teacher.adapters", {"toy": {"path": "own", "sha256": own}})
-    importlib.import_module("stages.teacher").main(load_params(), "toy")
+        importlib.import_module("stages.download").main(load_params(), "toy")
+    change(folder, "teacher.adapters", {"toy": {"path": "own/lora"}})
+    for stage in ("download", "teacher"):
+        importlib.import_module(f"stages.{stage}").main(load_params(), "toy")
     assert calora.common.artifacts.fingerprint(folder / "models/teacher/toy") == own
 
 

@@ -1,0 +1,69 @@
+"""What a cell of a data file says: a text, a label, an answer."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from calora.errors import CaloraError
+
+
+def text_of(value: Any) -> Any:
+    """A number's text; None for a number that is missing; all else as it is."""
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def _key(value: Any) -> str | None:
+    """What a label is found by: true and "True", 1 and "1" and 1.0 are one; None where it is missing."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    value = text_of(value)
+    if not isinstance(value, str) or not value.strip():
+        return None
+    value = value.strip()
+    return value.lower() if value.lower() in ("true", "false") else re.sub(r"^(-?\d+)\.0+$", r"\1", value)
+
+
+def places_of(labels: Sequence[object], where: str) -> dict[str, int]:
+    """What each label is found by, and its place."""
+    places = {key: place for place, label in enumerate(labels) if (key := _key(label)) is not None}
+    if len(places) < len(labels):
+        raise CaloraError(where, "labels that differ", labels, "correct them in params.yaml")
+    return places
+
+
+def label_of(value: Any, places: dict[str, int], where: str) -> int | None:
+    """The place of a label; None where it is missing, which GLUE's test sets write as -1."""
+    key = _key(value)
+    if key in places:
+        return places[key]
+    if key == "-1" or value is None or (key is None and isinstance(value, str | float)):
+        return None
+    fix = "check `labels` in params.yaml (YAML reads yes, no and null as no texts: quote them)"
+    raise CaloraError(where, f"a label among {', '.join(places)}", repr(value)[:80], fix)
+
+
+def answer_of(value: Any, where: str) -> str | list[str] | None:
+    """The texts of an answer; None where there is none.
+
+    SQuAD's `{text: [...], answer_start: [...]}`, a list of such, a list of texts, a text, and numbers are understood.
+    """
+    texts = [text for text in _texts(value, where) if text.strip()]
+    return texts[0] if len(texts) == 1 else texts or None
+
+
+def _texts(value: Any, where: str) -> list[str]:
+    if isinstance(value, Mapping) and "text" in value:
+        return _texts(value["text"], where)
+    if isinstance(value, list):
+        return [text for part in value for text in _texts(part, where)]
+    value = str(value).lower() if isinstance(value, bool) else text_of(value)
+    if value is None or isinstance(value, str):
+        return [value] if value else []
+    raise CaloraError(
+        where, "a text, a number, texts, or {text: [...]}", repr(value)[:80], "name another `label` column"
+    )
