@@ -87,9 +87,9 @@ def compare(command: argparse.ArgumentParser) -> Act:
     command.add_argument("experiments", nargs="*", help="names of `dvc exp list`, commits, or `workspace`")
 
     def act(chosen: argparse.Namespace) -> None:
-        from pipeline.checkout import commit_of, experiments
         from pipeline.compare import compare
         from pipeline.experiment import WORKSPACE
+        from pipeline.repository import commit_of, experiments
 
         compare(ROOT, chosen.experiments or [WORKSPACE, *experiments(ROOT, commit_of(ROOT, "HEAD"))])
 

@@ -5,9 +5,8 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import count
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from uuid import UUID
@@ -21,9 +20,11 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
 from calora.errors import CaloraError
-from pipeline.checkout import checkout, commit_of, experiments, refuse, resumable, sweep, uncommitted
+from pipeline.checkout import checkout, resumable, sweep
 from pipeline.graph import LockBusy, StageFailed, run_stage, stages, unchanged, with_needed
-from pipeline.process import CHECK_PARAMS, DVC, Processes
+from pipeline.process import CHECK_PARAMS, Processes
+from pipeline.repository import commit_of, refuse, uncommitted
+from pipeline.saving import save_experiment
 from pipeline.settings import NAME, ROOT, Settings, changes, write_params
 from pipeline.share import Sharing
 from pipeline.show import key_of, show_results
@@ -194,13 +195,3 @@ def run_all(
         while not (future.state.is_final() or future.state.name == "NotReady"):
             future.wait(0.5)
     return {stage: future.state for stage, future in futures.items()}
-
-
-def save_experiment(root: Path, folder: Path, name: str, processes: Processes, say: Callable[[str], None]) -> str:
-    """Keep the checkout as a DVC experiment under its commit, and return its name: with a number where it was taken."""
-    taken = experiments(root)
-    numbered = (name if number == 1 else f"{name}-{number}" for number in count(1))
-    free = next(name for name in numbered if name not in taken)
-    if processes.run([*DVC, "exp", "save", "--name", free, "--include-untracked", "results"], folder, say):
-        raise StageFailed("the experiment could not be saved; its results are in DVC's cache")
-    return free

@@ -15,7 +15,7 @@ import yaml
 from tqdm import tqdm
 
 from calora.errors import CaloraError
-from pipeline.checkout import commit_of, experiments, refuse, uncommitted
+from pipeline.repository import commit_of, experiments, refuse, uncommitted
 from pipeline.settings import KEYS, Settings, checked
 
 LISTS = ("tasks", "recipes")  # each value of a sweep over these is a list of one

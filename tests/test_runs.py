@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,14 +20,16 @@ from pipeline import flow as flows
 from pipeline import guard, offline, ui
 from pipeline import serve as serving
 from pipeline.__main__ import main
-from pipeline.checkout import checkout, commit_of, experiments, git, owned, resumable, sweep, uncommitted
+from pipeline.checkout import checkout, owned, resumable, sweep
 from pipeline.experiment import files_of, flat
 from pipeline.graph import StageFailed, run_stage, stages, unchanged, with_needed
-from pipeline.process import Processes, Stopped
+from pipeline.process import DVC, Processes, Stopped
+from pipeline.repository import check_name, commit_of, experiments, git, uncommitted
+from pipeline.saving import save_experiment
 from pipeline.settings import RECIPES, ROOT, Settings, changes, write_params
 from pipeline.sweep import cells, label_of, name_of
 from pipeline.sweep import sweep as run_sweep
-from tests.toyproject import FILES, left, make_toy, processes, start_run
+from tests.toyproject import DVC_YAML, FILES, left, make_toy, processes, start_run
 
 
 @pytest.fixture
@@ -152,6 +155,164 @@ def test_no_repository_and_no_such_commit_are_told(tmp_path, project):
         commit_of(project, "nowhere")
     with pytest.raises(CaloraError, match="a commit of"):
         commit_of(project, "--all")
+
+
+# In any git
+
+
+SET_BY_USERS = {
+    "diff.noprefix": "true", "diff.mnemonicPrefix": "true", "diff.external": "false", "diff.submodule": "log", "diff.context": "0",
+    "color.ui": "always", "core.quotePath": "true", "core.safecrlf": "true", "core.autocrlf": "input", "apply.whitespace": "error",
+    "status.showUntrackedFiles": "no", "status.renames": "copies", "status.relativePaths": "false", "core.hooksPath": "hooks",
+}  # fmt: skip
+
+
+def change_files(project):
+    """Every kind of change; returns what a checkout has to hold, by name."""
+    (project / "params.yaml").write_text("number: 5  \nhow: well\n\n\nrecipes: [a]\n")
+    git(project, "mv", "stages/report.py", "stages/ein Bericht.py")
+    (project / "stages/common.py").unlink()
+    (project / "new ä.bin").write_bytes(b"\0\r\n\xff")
+    (project / "windows.txt").write_bytes(b"a\r\nb\n")
+    (project / "run.sh").write_text("true\n")
+    (project / "run.sh").chmod(0o755)
+    (project / "results").mkdir()
+    (project / "results/of another run.txt").write_text("")
+    return {
+        name: (project / name).read_bytes() for name in ("params.yaml", "stages/ein Bericht.py", "new ä.bin", "run.sh")
+    }
+
+
+@pytest.mark.parametrize(
+    ("below", "settings"),
+    [("", {}), ("", SET_BY_USERS), ("a project/of many", SET_BY_USERS)],
+    ids=["plain", "set", "below"],
+)
+def test_changes_are_taken_along_whatever_git_is_set_to_and_wherever_the_project_is(
+    tmp_path, below, settings, monkeypatch
+):
+    project = make_toy(tmp_path / "repository", below)
+    (project.parents[1] / "elsewhere.txt" if below else project / "windows.txt").write_text("not ours")
+    for key, value in settings.items():
+        git(project, "config", key, value)
+    if settings:
+        (project / "hooks").mkdir()
+        (project / "hooks/post-checkout").write_text("#!/bin/sh\nexit 1\n")
+        (project / "hooks/post-checkout").chmod(0o755)
+        (project / ".git/info" if not below else tmp_path / "repository/.git/info").joinpath("exclude").write_text(
+            "hooks\n"
+        )
+        monkeypatch.setenv("LANG", "de_DE.UTF-8")
+        monkeypatch.setenv("GIT_EXTERNAL_DIFF", "false")
+        monkeypatch.setenv("GIT_DIR", "/nowhere")
+    held = change_files(project)
+    expected = {*held, "stages/report.py", "stages/common.py", "windows.txt"}
+    assert set(uncommitted(project)) == expected
+    with checkout(project, commit_of(project, "HEAD"), take_along=True) as folder:
+        assert {name: (folder / name).read_bytes() for name in held} == held
+        assert not (folder / "stages/report.py").exists() and not (folder / "stages/common.py").exists()
+        assert os.access(folder / "run.sh", os.X_OK) and not (folder / "results").exists()
+        assert (folder / "windows.txt").exists()
+    assert set(uncommitted(project)) == expected and left(project) == []
+
+
+def test_what_runs_write_is_no_change_in_a_folder_of_a_larger_repository(tmp_path):
+    project = make_toy(tmp_path / "repository", "below")
+    (project / "results").mkdir()
+    for name in ("dvc.lock", "results/table.md"):
+        (project / name).write_text("")
+    assert uncommitted(project) == []
+
+
+def keep(project, folder, name):
+    """An experiment of a checkout, without Prefect."""
+    with resumable(project, folder):
+        assert Processes().run([*DVC, "repro", "--quiet"], folder, print) == 0
+        return save_experiment(project, folder, name, Processes(), print)
+
+
+def test_a_project_in_a_folder_beside_a_submodule_has_experiments(tmp_path):
+    project, library = make_toy(tmp_path / "project", "below"), tmp_path / "library"
+    subprocess.run(["git", "init", "--quiet", library], check=True)
+    (library / "one.txt").write_text("one")
+    author = ("-c", "user.name=a", "-c", "user.email=a@example.org")
+    git(library, "add", "--all")
+    git(library, *author, "commit", "--quiet", "--message", "one")
+    git(project, "submodule", "--quiet", "add", str(library), "lib")
+    git(project, "commit", "--quiet", "--message", "library")
+    with checkout(project, commit_of(project, "HEAD"), take_along=False) as folder:
+        assert (folder / "lib/one.txt").read_text() == "one"
+        (folder / "params.yaml").write_text(FILES["params.yaml"].replace("3", "4"))
+        assert keep(project, folder, "with") == "with"
+    assert json.loads(files_of(project, "with")("results/summary.json"))["toy"]["a"]["square"] == 16
+    assert left(project) == [] and uncommitted(project) == []
+    clone = tmp_path / "clone"
+    git(tmp_path, "clone", "--quiet", str(tmp_path / "project"), str(clone))
+    with pytest.raises(CaloraError, match="git submodule update"), checkout(clone / "below", "HEAD", take_along=False):
+        pass
+
+
+def test_a_project_that_is_a_submodule_is_told_so_before_any_stage_runs(tmp_path):
+    project, above = make_toy(tmp_path / "project"), tmp_path / "above"
+    subprocess.run(["git", "init", "--quiet", above], check=True)
+    git(above, "submodule", "--quiet", "add", str(project), "inner")
+    with pytest.raises(CaloraError, match="submodule"), checkout(above / "inner", "HEAD", take_along=False):
+        pass
+    assert left(above / "inner") == []
+
+
+# Names
+
+
+def test_an_experiment_has_a_name_that_git_knows_nothing_by(project):
+    git(project, "branch", "topic")
+    git(project, "tag", "v1")
+    git(project, "fetch", "--quiet", ".", "topic")
+    for name in ("HEAD", "main", "workspace", "topic", "v1", "deadbeef", "1234567", "a..b", "end.lock", "FETCH_HEAD"):
+        with pytest.raises(CaloraError, match="another name"):
+            check_name(project, name)
+    check_name(project, "alpha01")
+
+
+class Saves:
+    """`dvc exp save`, without DVC."""
+
+    def run(self, command, folder, say):
+        head, name = commit_of(folder, "HEAD"), command[command.index("--name") + 1]
+        time.sleep(0.3)
+        git(folder, "update-ref", f"refs/exps/{head[:2]}/{head[2:]}/{name}", head)
+        return 0
+
+
+def test_two_runs_that_end_together_have_two_names(project):
+    (project / ".cache").mkdir()
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(save_experiment, project, project, "same", Saves(), print) for _ in range(2)]
+    assert sorted(one.result() for one in both) == sorted(experiments(project)) == ["same", "same-2"]
+
+
+# Data of one's own
+
+
+def test_a_checkout_has_the_users_own_files_and_dvc_the_same_hashes(project):
+    (project / "own/deep").mkdir(parents=True)
+    (project / "own/README.md").write_text("what belongs here")
+    with (project / ".gitignore").open("a") as file:
+        file.write("/own/*\n!/own/README.md\n")
+    (project / "dvc.yaml").write_text(DVC_YAML.replace("params: [number]", "deps: [own]\n    params: [number]"))
+    git(project, "add", "--all")
+    git(project, "commit", "--quiet", "--message", "own")
+    (project / "elsewhere.csv").write_text("c")
+    (project / "own/a.csv").write_text("a")
+    (project / "own/deep/b.csv").write_text("b")
+    (project / "own/linked.csv").symlink_to("../elsewhere.csv")
+    assert run_stage("number", project, Processes(), lambda _: None) == "ran"
+    with checkout(project, commit_of(project, "HEAD"), take_along=False) as folder:
+        assert {path.name for path in (folder / "own").rglob("*.csv")} == {"a.csv", "b.csv", "linked.csv"}
+        assert run_stage("number", folder, Processes(), lambda _: None) == "restored"
+        locked = [(place / "dvc.lock").read_text() for place in (project, folder)]
+        assert locked[0] == locked[1]
+    assert (project / "own/deep/b.csv").read_text() == "b"
 
 
 # Processes
