@@ -12,8 +12,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
+import yaml
 from filelock import FileLock, Timeout
 
 from calora.errors import CaloraError
@@ -21,6 +23,7 @@ from pipeline.repository import bring_changes, bring_submodules, check_submodule
 
 RUNS, UNFINISHED = Path(".cache/runs"), Path(".cache/unfinished")
 OWN, DOWNLOADS = Path("own"), (Path(".cache/downloads"), Path(".cache/huggingface"))
+NAMES_OF_FILES = ("path", "train", "validation", "test")  # in sections whose source is `files` or `path`
 KEPT_FOR = 14 * 24 * 3600  # seconds
 
 
@@ -47,6 +50,33 @@ def checkout(root: Path, commit: str, take_along: bool) -> Iterator[Path]:
             yield inside
         finally:
             remove(root, folder)
+
+
+def check_files(root: Path, inside: Path) -> None:
+    """Raise `CaloraError` where a file that params.yaml names is not in the checkout, before any stage runs."""
+    params = yaml.safe_load((inside / "params.yaml").read_text(encoding="utf-8"))
+    sets = params.get("data", {}).get("sets", {})
+    for name in set(sets) - set(params.get("tasks", [])):
+        del sets[name]  # no task of this run
+    for key, name, certainly in _texts(params):
+        ignored = os.path.exists(root / name)
+        if (certainly or ignored) and not os.path.exists(inside / name):
+            found = "one that git ignores, which a run has not" if ignored else "no such file"
+            fix = f"put it into {OWN}/, or commit it" if ignored else f"correct the path, or put the file into {OWN}/"
+            raise CaloraError(f"params.yaml: {key}", f"the file {name}", found, fix)
+
+
+def _texts(value: Any, key: str = "", files: bool = False) -> Iterator[tuple[str, str, bool]]:
+    """Each text in params.yaml: its key, with dots, itself, and whether it certainly names a file."""
+    if isinstance(value, dict):
+        ours = value.get("source") in ("files", "path")
+        for name, one in value.items():
+            yield from _texts(one, f"{key}.{name}" if key else str(name), ours and name in NAMES_OF_FILES)
+    elif isinstance(value, list):
+        for one in value:
+            yield from _texts(one, key, files)
+    elif isinstance(value, str):
+        yield key, value, files or value.startswith(f"{OWN}/")
 
 
 @contextmanager

@@ -20,8 +20,8 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
 from calora.errors import CaloraError
-from pipeline.checkout import checkout, resumable, sweep
-from pipeline.graph import LockBusy, StageFailed, run_stage, stages, unchanged, with_needed
+from pipeline.checkout import check_files, checkout, resumable, sweep
+from pipeline.graph import StageFailed, TryAgain, run_stage, stages, unchanged, with_needed
 from pipeline.process import CHECK_PARAMS, Processes
 from pipeline.repository import commit_of, refuse, uncommitted
 from pipeline.saving import save_experiment
@@ -34,13 +34,11 @@ WORDS = {"ran": "Completed", "restored": "Cached", "unchanged": "Cached"}
 
 
 def can_help(_: Any, run: Any, state: State) -> bool:
-    """Whether trying a stage again can help: another process held a lock, or a download broke off."""
+    """Whether trying a stage again can help."""
     try:
         state.result()
-    except LockBusy:
+    except TryAgain:
         return True
-    except StageFailed as error:
-        return str(error).startswith(("base:", "download@"))
     except Exception:
         return False
     return False
@@ -151,16 +149,16 @@ def run_in_checkout(
         StageFailed: some stage failed, after those that do not need it were run.
     """
     log = get_run_logger()
+    check_name(ROOT, name)
     parent = commit_of(ROOT, commit)
-    changed = uncommitted(ROOT) if commit == "HEAD" else []
-    if changed_files == "refuse":
-        refuse(changed, "commit them, or set `changed_files` to `take along`")
+    changed = changes_for(parent, commit, changed_files)
     processes = Processes()
     with stopping(processes), checkout(ROOT, parent, take_along=bool(changed)) as folder:
         for key, (old, new) in write_params(folder, changes(settings)).items():
             log.info(f"{key}: {old} -> {new}")
         with resumable(ROOT, folder):
             check_params(folder, processes)
+            check_files(ROOT, folder)
             sharing = Sharing(share, folder, processes, log.info)
             sharing.fetch()
             graph = with_needed(stages(folder), only)
@@ -173,6 +171,23 @@ def run_in_checkout(
                 sharing.push_experiment(saved)
                 show_results(ROOT, folder, parent, saved)
     return {stage: state.name or "" for stage, state in states.items()}
+
+
+def changes_for(parent: str, commit: str, changed_files: str) -> list[str]:
+    """The uncommitted files that a run takes along.
+
+    Raises:
+        CaloraError: there are some and the run may not take them along, or they are changes of another commit.
+    """
+    if changed_files == "take along":
+        head = commit_of(ROOT, "HEAD")
+        if parent != head:
+            fix = "commit the changes, or leave `commit` as HEAD"
+            raise CaloraError("take along", f"a run of HEAD ({head[:7]}), whose changes they are", parent[:7], fix)
+        return uncommitted(ROOT)
+    if commit == "HEAD":
+        refuse(uncommitted(ROOT), "commit them, or set `changed_files` to `take along`")
+    return []
 
 
 def check_params(folder: Path, processes: Processes) -> None:

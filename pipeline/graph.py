@@ -14,14 +14,19 @@ HINTS = (  # of DVC, for somebody at a terminal
     "To track the changes", "git add ", "To enable auto staging", "dvc config core.autostage", "Use `dvc push`", "Updating lock file",
 )  # fmt: skip
 BUSY = ("Unable to acquire lock", "is busy, it is being blocked by")
+NO_ANSWER = ("expected an answer, ", "expected the package index to answer")  # what stages say of a broken network
 
 
 class StageFailed(Exception):
-    """A stage ended with an error; the message is its last words."""
+    """A stage ended with an error; the message is its last words, `code` the exit code of DVC."""
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
 
 
-class LockBusy(StageFailed):
-    """Another DVC process holds a lock that the stage needs: trying again helps."""
+class TryAgain(StageFailed):
+    """Another DVC process holds a lock that the stage needs, or the network broke: trying again can help."""
 
 
 def stages(folder: Path) -> dict[str, list[str]]:
@@ -113,7 +118,7 @@ def run_stage(stage: str, folder: Path, processes: Processes, say: Callable[[str
         What became of it: `ran`, `restored` (from the cache of earlier runs) or `unchanged`.
 
     Raises:
-        LockBusy, StageFailed: it failed.
+        StageFailed: it failed; `TryAgain` where that can help.
         Stopped: the run is being stopped.
     """
     lines: list[str] = []
@@ -123,12 +128,13 @@ def run_stage(stage: str, folder: Path, processes: Processes, say: Callable[[str
         if not any(line.strip().startswith(words) for words in HINTS):
             say(line)
 
-    command = [*DVC, "repro", "--single-item", *(["--pull"] if pull else []), stage]
-    if processes.run(command, folder, keep):
+    command = [*DVC, "--wait-for-lock", "repro", "--single-item", *(["--pull"] if pull else []), stage]
+    if code := processes.run(command, folder, keep):
         said = next((line for line in lines if line.startswith("error: ")), None)
         said = said or next((line for line in reversed(lines) if line.startswith("ERROR: ")), None)
-        kind = LockBusy if any(words in line for line in lines for words in BUSY) else StageFailed
-        raise kind(f"{stage}: {said or (lines or ['no output'])[-1]}")
+        said = said or (lines or ["no output"])[-1]
+        passing = any(words in said for words in NO_ANSWER) or any(words in line for line in lines for words in BUSY)
+        raise (TryAgain if passing else StageFailed)(f"{stage}: {said}", code)
     if any(line.startswith("Running stage") for line in lines):
         return "ran"
     return "restored" if any("is cached - skipping run" in line for line in lines) else "unchanged"

@@ -1,5 +1,6 @@
 """Runs in checkouts of their own: what they may change, what they leave behind, and that stopped means stopped."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -14,13 +15,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import yaml
+from prefect.states import Failed
 
 from calora.errors import CaloraError
 from pipeline import flow as flows
 from pipeline import guard, offline, ui
 from pipeline import serve as serving
-from pipeline.__main__ import main
-from pipeline.checkout import checkout, owned, resumable, sweep
+from pipeline.__main__ import main, pair
+from pipeline.checkout import check_files, checkout, owned, resumable, sweep
 from pipeline.experiment import files_of, flat
 from pipeline.graph import StageFailed, run_stage, stages, unchanged, with_needed
 from pipeline.process import DVC, Processes, Stopped
@@ -83,6 +86,38 @@ def test_the_command_line_has_the_forms_fields(capsys):
     assert all(f"--{name.replace('_', '-')}" in told for name in Settings.model_fields if name != "other")
     assert main(["run", "--alpha", "-3"]) == 1
     assert "alpha" in capsys.readouterr().err
+
+
+def test_numbers_and_texts_are_the_same_for_every_reader_of_yaml(project):
+    from dvc.utils.serialize import load_yaml
+
+    text = "a: 0\nb: 0\nc: 0\nkept: 1e-07  # as it was written\nswitch: on\n"
+    (project / "params.yaml").write_text(text)
+    changed = {"a": 1e-05, "b": [1e16, {"c": -2.5e-300}], "c": ["yes", "1e-5", "017", "null", "", "word", "2026-01-01"]}
+    write_params(project, changed)
+    written = (project / "params.yaml").read_text()
+    for read in (yaml.safe_load(written), load_yaml(project / "params.yaml")):
+        assert {key: read[key] for key in changed} == changed
+    assert written.endswith(text[text.index("kept") :])
+
+
+@pytest.mark.parametrize("text", ["1e-5", "0.00001", "1E-05", "1.0e-5", "+1e-5"])
+def test_small_numbers_of_the_command_line_are_numbers(text):
+    assert pair(f"distill.alpha={text}") == ("distill.alpha", 1e-5)
+    assert cells([f"distill.alpha={text},0.5"]) == [{"distill.alpha": 1e-5}, {"distill.alpha": 0.5}]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["run", "--set", "k=[0.1"], ["run", "--set", "k"], ["run", "--set", "=1"], ["run", "--set", "k=2026-13-45"],
+     ["sweep", "k=[0.1"], ["ui", "--port", "65535"], ["ui", "--port", "0"], ["ui", "--port", "abc"], ["ui", "--port", "-1"],
+     ["ui", "--runs", "0"], ["nothing"], ["run", "--speed", "1"]],
+)  # fmt: skip
+def test_a_mistake_on_the_command_line_is_one_line(arguments, capsys):
+    with contextlib.suppress(SystemExit):
+        assert main(arguments) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1
 
 
 # Checkouts
@@ -315,6 +350,25 @@ def test_a_checkout_has_the_users_own_files_and_dvc_the_same_hashes(project):
     assert (project / "own/deep/b.csv").read_text() == "b"
 
 
+def test_a_file_that_is_nowhere_or_ignored_is_named_before_any_stage_runs(project):
+    with (project / ".gitignore").open("a") as file:
+        file.write("mine/\nown/\n")
+    git(project, "commit", "--quiet", "--all", "--message", "ignored")
+    for name in ("mine/train.csv", "own/train.csv"):
+        (project / name).parent.mkdir()
+        (project / name).write_text("")
+    one = {"source": "files", "train": "own/train.csv", "test": "stages/common.py", "prompt": "{text}/"}
+    good = {"tasks": ["one"], "data": {"sets": {"one": one, "unused": {**one, "train": "own/nowhere.csv"}}}}
+    wrong = ({"train": "nowhere.csv"}, {"validation": "own/nowhere.csv"}, {"more": ["mine/train.csv"]})
+    with checkout(project, commit_of(project, "HEAD"), take_along=False) as folder:
+        (folder / "params.yaml").write_text(json.dumps(good))
+        check_files(project, folder)
+        for change in wrong:
+            (folder / "params.yaml").write_text(json.dumps({**good, "data": {"sets": {"one": {**one, **change}}}}))
+            with pytest.raises(CaloraError, match=rf"data\.sets\.one\.{next(iter(change))}.*own/"):
+                check_files(project, folder)
+
+
 # Processes
 
 
@@ -432,6 +486,38 @@ def test_uncommitted_changes_are_refused_or_taken_along(project, prefect_api):
         state.result()
     assert run(name="dirty", changed_files="take along").is_completed()
     assert json.loads(files_of(project, "dirty")("results/summary.json"))["toy"]["a"]["square"] == 81
+
+
+def test_a_run_takes_no_changes_along_that_are_not_its_commits_and_no_name_of_gits(project, prefect_api):
+    first = commit_of(project, "HEAD")
+    (project / "params.yaml").write_text(FILES["params.yaml"].replace("3", "9"))
+    git(project, "commit", "--quiet", "--all", "--message", "later")
+    (project / "params.yaml").write_text(FILES["params.yaml"].replace("3", "10"))
+    with pytest.raises(CaloraError, match="take along"):
+        run(name="mixed", commit=first, changed_files="take along").result()
+    with pytest.raises(CaloraError, match="another name"):
+        run(name="HEAD", commit=first).result()
+    assert experiments(project) == {} and left(project) == []
+
+
+@pytest.mark.parametrize(
+    ("said", "again"),
+    [("error: download of x==1: expected the package index to answer with it, found no route. Fix: connect", True),
+     ("error: hub model x: expected an answer, found a timeout. Fix: check repo, revision, network and login", True),
+     ("ERROR: Unable to acquire lock. Most likely another DVC process is running", True),
+     ("error: download of x==1: expected SHA-256 ab, found cd. Fix: check version and sha256", False),
+     ("error: params.yaml: expected an answer among a, b, found c. Fix: correct it", False)],
+)  # fmt: skip
+def test_a_lock_and_a_broken_network_are_tried_again_in_any_stage_and_mistakes_are_not(project, said, again):
+    class Fails:
+        def run(self, command, folder, say):
+            say(said)
+            say("ERROR: failed to reproduce 'calibration': failed to run: python -m stages.calibration, exited with 1")
+            return 255
+
+    with pytest.raises(StageFailed) as failed:
+        run_stage("calibration", project, Fails(), lambda _: None)
+    assert flows.can_help(None, None, Failed(data=failed.value)) is again and failed.value.code == 255
 
 
 def test_what_runs_themselves_wrote_is_no_change_and_stays_behind(project, prefect_api):
