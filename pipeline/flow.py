@@ -23,7 +23,7 @@ from calora.errors import CaloraError
 from pipeline.checkout import check_files, checkout, resumable, sweep
 from pipeline.graph import StageFailed, TryAgain, run_stage, stages, unchanged, with_needed
 from pipeline.process import CHECK_PARAMS, Processes
-from pipeline.repository import commit_of, refuse, uncommitted
+from pipeline.repository import check_name, commit_of, refuse, uncommitted
 from pipeline.saving import save_experiment
 from pipeline.settings import NAME, ROOT, Settings, changes, write_params
 from pipeline.share import Sharing

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping
@@ -120,7 +121,7 @@ def bring_changes(root: Path, inside: Path) -> None:
     ours = (".", *(f":(exclude){name}" for name in WRITTEN_BY_RUNS))
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / "index"
-        copy.write_bytes(index.read_bytes())
+        shutil.copy2(index, copy)  # with its time: git looks again at files that changed in the same second
         more = {"GIT_INDEX_FILE": str(copy)}
         git(root, "add", "--all", "--", *ours, more=more)
         tree = git(root, "write-tree", more=more).strip()
