@@ -1,7 +1,6 @@
 """The flow: a checkout of its own, one task for each DVC stage, and a DVC experiment at the end."""
 
 # No postponed annotations here: Prefect builds its form from the types themselves.
-import os
 import re
 import signal
 import threading
@@ -21,8 +20,8 @@ from pydantic import Field
 
 from calora.errors import CaloraError
 from pipeline.checkout import check_files, checkout, resumable, sweep
-from pipeline.graph import StageFailed, TryAgain, run_stage, stages, unchanged, with_needed
-from pipeline.process import CHECK_PARAMS, Processes
+from pipeline.graph import WAITS, StageFailed, TryAgain, in_turn, restore, run_stage, stages, with_needed
+from pipeline.process import CHECK_PARAMS, Processes, workers
 from pipeline.repository import check_name, commit_of, refuse, uncommitted
 from pipeline.saving import save_experiment
 from pipeline.settings import NAME, ROOT, Settings, changes, write_params
@@ -46,8 +45,8 @@ def can_help(_: Any, run: Any, state: State) -> bool:
 
 @task(
     task_run_name="{stage}",
-    retries=3,
-    retry_delay_seconds=[2, 5, 15],
+    retries=len(WAITS),
+    retry_delay_seconds=list(WAITS),
     retry_condition_fn=can_help,
     cache_policy=NO_CACHE,
     persist_result=False,
@@ -113,7 +112,7 @@ def clean_up(flow: Any, flow_run: Any, state: Any) -> None:
     sweep(ROOT)
 
 
-@flow(name="ca-lora", flow_run_name="{name}", task_runner=ThreadPoolTaskRunner(max_workers=int(os.environ.get("CALORA_WORKERS", "1"))),
+@flow(name="ca-lora", flow_run_name="{name}", task_runner=ThreadPoolTaskRunner(max_workers=workers()),
       on_crashed=[clean_up], on_cancellation=[clean_up])  # fmt: skip
 def ca_lora(
     name: Annotated[str, Field(pattern=NAME)] = "run",
@@ -162,7 +161,7 @@ def run_in_checkout(
             sharing = Sharing(share, folder, processes, log.info)
             sharing.fetch()
             graph = with_needed(stages(folder), only)
-            states = run_all(graph, unchanged(folder, graph, processes), folder, processes, sharing)
+            states = run_all(graph, restore(folder, graph, processes), folder, processes, sharing)
             failed = [stage for stage, state in states.items() if state.name not in ("Completed", "Cached")]
             if failed:
                 raise StageFailed("; ".join(f"{stage}: {states[stage].name}" for stage in failed))
@@ -201,12 +200,12 @@ def run_all(
     graph: dict[str, list[str]], known: set[str], folder: Path, processes: Processes, sharing: Sharing
 ) -> dict[str, State]:
     """Every stage after those that it needs; one that fails leaves the branches that do not need it going."""
-    futures: dict[str, PrefectFuture[Any]] = {}
-    for stage, needs in graph.items():
-        waits = [futures[needed] for needed in needs]
-        futures[stage] = dvc_stage.submit(stage, folder, stage in known, processes, sharing, wait_for=waits)
-    for future in futures.values():
-        # Short waits: a signal is answered between two of them. A stage whose need failed stays pending, NotReady.
-        while not (future.state.is_final() or future.state.name == "NotReady"):
-            future.wait(0.5)
+
+    def start(stage: str, needs: list[PrefectFuture[Any]]) -> PrefectFuture[Any]:
+        return dvc_stage.submit(stage, folder, stage in known, processes, sharing, wait_for=needs)
+
+    def over(future: PrefectFuture[Any]) -> bool:  # a stage whose need failed stays pending, NotReady
+        return future.state.is_final() or future.state.name == "NotReady"
+
+    futures = in_turn(graph, start, over)
     return {stage: future.state for stage, future in futures.items()}

@@ -17,16 +17,17 @@ from pathlib import Path
 import pytest
 import yaml
 from prefect.states import Failed
+from prefect.task_runners import ThreadPoolTaskRunner
 
 from calora.errors import CaloraError
 from pipeline import flow as flows
-from pipeline import guard, offline, ui
+from pipeline import guard, local, offline, ui
 from pipeline import serve as serving
 from pipeline.__main__ import main, pair
 from pipeline.checkout import check_files, checkout, owned, resumable, sweep
 from pipeline.experiment import files_of, flat
 from pipeline.graph import StageFailed, run_stage, stages, unchanged, with_needed
-from pipeline.process import DVC, Processes, Stopped
+from pipeline.process import DVC, Processes, Stopped, environment, workers
 from pipeline.repository import check_name, commit_of, experiments, git, uncommitted
 from pipeline.saving import save_experiment
 from pipeline.settings import RECIPES, ROOT, Settings, changes, write_params
@@ -433,6 +434,78 @@ def test_stages_come_from_dvc_in_order(project):
     assert unchanged(project, graph, Processes()) == set()
     assert run_stage("number", project, Processes(), lambda _: None) == "ran"
     assert unchanged(project, graph, Processes()) == {"number"}
+
+
+TWO_AT_ONCE = """
+import pathlib, sys, time
+mine, other = (pathlib.Path(f'{name}.begun') for name in (sys.argv[1], {'a': 'b', 'b': 'a'}[sys.argv[1]]))
+mine.touch()
+deadline = time.monotonic() + 20
+while not other.exists():  # it ends only beside the other
+    assert time.monotonic() < deadline, 'alone'
+    time.sleep(0.05)
+"""
+
+
+def two_at_once(project, monkeypatch):
+    monkeypatch.setenv("CALORA_WORKERS", "2")
+    square = project / "stages/square.py"
+    square.write_text(TWO_AT_ONCE + square.read_text())
+    with (project / ".gitignore").open("a") as file:
+        file.write("*.begun\n")
+    git(project, "commit", "--quiet", "--all", "--message", "two at once")
+
+
+def test_two_stages_of_a_run_work_side_by_side(project, monkeypatch, prefect_api):
+    two_at_once(project, monkeypatch)
+    side_by_side = flows.ca_lora.with_options(task_runner=ThreadPoolTaskRunner(max_workers=workers()))
+    assert side_by_side(name="both", return_state=True).is_completed()
+    squares = json.loads(files_of(project, "both")("results/summary.json"))["toy"]
+    assert {name: one["square"] for name, one in squares.items()} == {"a": 9, "b": 9}
+
+
+def test_make_run_works_side_by_side_and_says_how_long_each_stage_took(project, monkeypatch, capfd):
+    monkeypatch.setattr(local, "CHECK_PARAMS", ("true",))
+    two_at_once(project, monkeypatch)
+    assert local.repro(project) == 0
+    shown = capfd.readouterr().out
+    assert re.findall(r"^(\S+) +ran +\d+\.\d +\d+%$", shown, re.M)[-1] != "" and "square@a | " in shown
+    assert sorted(re.findall(r"^(\S+) +ran ", shown, re.M)) == ["number", "report", "square@a", "square@b"]
+    assert subprocess.run([*DVC, "status", "--quiet"], cwd=project).returncode == 0
+    assert local.repro(project) == 0
+    assert " ran " not in capfd.readouterr().out
+
+
+def test_make_run_keeps_dvcs_exit_code_and_begins_nothing_after_a_failure(project, monkeypatch, capfd):
+    monkeypatch.setattr(local, "CHECK_PARAMS", ("true",))
+    write_params(project, {"how": "badly"})
+    for count in ("1", "2"):
+        monkeypatch.setenv("CALORA_WORKERS", count)
+        assert local.repro(project) == 255
+        shown = capfd.readouterr()
+        assert "a cannot be squared" in shown.out + shown.err and "report  " not in shown.out
+    write_params(project, {"how": "well"})
+    monkeypatch.setenv("CALORA_WORKERS", "1")
+    assert local.repro(project) == 0
+    shown = capfd.readouterr().out
+    assert sorted(re.findall(r"^(\S+) +ran +\d", shown, re.M))[0] == "report"
+
+
+def test_programs_that_work_side_by_side_share_the_cores(monkeypatch):
+    for name in ("GOMP_SPINCOUNT", "OMP_NUM_THREADS", "CALORA_WORKERS"):
+        monkeypatch.delenv(name, raising=False)
+    read = [sys.executable, "-c", "import stages, os; print(os.environ['GOMP_SPINCOUNT'])"]
+    assert environment()["GOMP_SPINCOUNT"] == "1000" and "OMP_NUM_THREADS" not in environment()
+    assert subprocess.run(read, capture_output=True, text=True, cwd=ROOT).stdout == "1000\n"
+    monkeypatch.setenv("CALORA_WORKERS", "1000")
+    assert environment()["OMP_NUM_THREADS"] == "1"
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert environment()["GOMP_SPINCOUNT"] == "7" and environment()["OMP_NUM_THREADS"] == "3"
+    assert subprocess.run(read, capture_output=True, text=True, cwd=ROOT).stdout == "7\n"
+    monkeypatch.setenv("CALORA_WORKERS", "many")
+    with pytest.raises(CaloraError, match="CALORA_WORKERS"):
+        environment()
 
 
 def run(**options):
