@@ -2,6 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 export DVC_NO_ANALYTICS := 1
+export GOMP_SPINCOUNT ?= 1000
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: help setup run ui compare ablation convergence smoke test lint format clean

@@ -16,8 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from pipeline.checkout import commit_of, experiments, git
 from pipeline.experiment import files_of
+from pipeline.repository import commit_of, experiments, git
 from tests.toyproject import left, make_toy, processes, start_run
 
 GONE = 10  # seconds until no process may be left of a run that was killed, or ended because a stage of it was

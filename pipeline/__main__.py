@@ -5,19 +5,37 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from typing import Any
-
-import yaml
+from typing import Any, NoReturn
 
 from calora.errors import CaloraError
 from pipeline import local
 from pipeline.server import alone
 from pipeline.settings import ROOT, Settings, checked
+from pipeline.values import value_of
+
+
+class Parser(argparse.ArgumentParser):
+    """One line for a mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with it."""
+        self.exit(2, f"error: {message}. Fix: {self.prog} --help\n")
+
+
+def within(least: int, most: int) -> Callable[[str], int]:
+    """Type of an option: a whole number between two."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {least} to {most}, found {text!r}")
+        return int(text)
+
+    return number
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code of a command; a user's mistake is told in one line."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline", description=__doc__)
+    """Exit code of a command; a user's mistake is said in one line."""
+    parser = Parser(prog="python -m pipeline", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, add in COMMANDS.items():
         help_text = (add.__doc__ or "").strip()
@@ -29,6 +47,9 @@ def main(arguments: list[str]) -> int:
     except CaloraError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
 
 
 Act = Callable[[argparse.Namespace], Any]
@@ -71,8 +92,10 @@ def run(command: argparse.ArgumentParser) -> Act:
 
 def ui(command: argparse.ArgumentParser) -> Act:
     """The Prefect server and the deployment, on this machine only, until Ctrl-C."""
-    command.add_argument("--port", type=int, default=4200, help="of the server; results have the next one (4200)")
-    command.add_argument("--runs", type=int, default=2, help="that work at the same time (2)")
+    command.add_argument(
+        "--port", type=within(1, 65534), default=4200, help="of the server; results have the next one (4200)"
+    )
+    command.add_argument("--runs", type=within(1, 1000), default=2, help="that work at the same time (2)")
 
     def act(chosen: argparse.Namespace) -> int:
         from pipeline.ui import serve_ui
@@ -87,9 +110,9 @@ def compare(command: argparse.ArgumentParser) -> Act:
     command.add_argument("experiments", nargs="*", help="names of `dvc exp list`, commits, or `workspace`")
 
     def act(chosen: argparse.Namespace) -> None:
-        from pipeline.checkout import commit_of, experiments
         from pipeline.compare import compare
         from pipeline.experiment import WORKSPACE
+        from pipeline.repository import commit_of, experiments
 
         compare(ROOT, chosen.experiments or [WORKSPACE, *experiments(ROOT, commit_of(ROOT, "HEAD"))])
 
@@ -104,11 +127,13 @@ def sweep(command: argparse.ArgumentParser) -> Act:
     command.add_argument("--name", default="sweep", help="first part of the experiments' names (sweep)")
 
     def act(chosen: argparse.Namespace) -> None:
-        alone()
-        from pipeline.compare import compare
         from pipeline.sweep import cells, sweep
 
-        compare(ROOT, sweep(ROOT, chosen.name, cells(chosen.values)))
+        wanted = cells(chosen.values)
+        alone()
+        from pipeline.compare import compare
+
+        compare(ROOT, sweep(ROOT, chosen.name, wanted))
 
     return act
 
@@ -117,7 +142,7 @@ def ablation(command: argparse.ArgumentParser) -> Act:
     """The eight cells of inherit x recover x distil, with some seeds, as experiments; then their table and plot."""
     command.add_argument("--task", default="movies")
     command.add_argument("--recipe", default="q8_up")
-    command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    command.add_argument("--seeds", type=within(0, 2**31 - 1), nargs="+", default=[0, 1, 2])
 
     def act(chosen: argparse.Namespace) -> None:
         alone()
@@ -171,9 +196,9 @@ def settings_of(chosen: argparse.Namespace) -> Settings:
 def pair(text: str) -> tuple[str, Any]:
     """`key=value`, the value as YAML."""
     key, equals, value = text.partition("=")
-    if not equals:
+    if not key or not equals:
         raise CaloraError("--set", "KEY=VALUE", repr(text), "such as train.lr=0.002")
-    return key, yaml.safe_load(value)
+    return key, value_of(value, f"--set {key}")
 
 
 if __name__ == "__main__":

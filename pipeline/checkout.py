@@ -6,72 +6,25 @@ What a run changes stays there, and ends as a DVC experiment, which git keeps fo
 from __future__ import annotations
 
 import configparser
-import fcntl
 import os
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import Any
 from uuid import uuid4
 
+import yaml
+from filelock import FileLock, Timeout
+
 from calora.errors import CaloraError
+from pipeline.repository import bring_changes, bring_submodules, check_submodules, git, prefix
 
 RUNS, UNFINISHED = Path(".cache/runs"), Path(".cache/unfinished")
+OWN, DOWNLOADS = Path("own"), (Path(".cache/downloads"), Path(".cache/huggingface"))
+NAMES_OF_FILES = ("path", "train", "validation", "test")  # in sections whose source is `files` or `path`
 KEPT_FOR = 14 * 24 * 3600  # seconds
-WRITTEN_BY_RUNS = ("dvc.lock", "results/")
-
-
-def git(folder: Path, *arguments: str, stdin: bytes | None = None) -> str:
-    """Output of a git command; raises `CaloraError` with git's own words."""
-    done = subprocess.run(["git", *arguments], cwd=folder, input=stdin, capture_output=True)
-    if done.returncode:
-        lines = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
-        told = next((line for line in lines if line.startswith(("fatal:", "error:"))), lines[-1])
-        raise CaloraError(f"git {' '.join(arguments[:2])}", "success", told, "mend what git complains of")
-    return done.stdout.decode(errors="replace")
-
-
-def commit_of(root: Path, name: str) -> str:
-    """The commit that a branch, tag, experiment or hash names.
-
-    Raises:
-        CaloraError: the project is no git repository, has no commit yet, or not this one.
-    """
-    if subprocess.run(["git", "rev-parse", "--git-dir"], cwd=root, capture_output=True).returncode:
-        fix = "git init && git add -A && git commit -m start"
-        raise CaloraError(root, "a git repository: a run works in a checkout of its own", "none", fix)
-    place = experiments(root).get(name, name)
-    done = subprocess.run(
-        ["git", "rev-parse", "--verify", "--quiet", "--end-of-options", f"{place}^{{commit}}"],
-        cwd=root, capture_output=True, text=True,
-    )  # fmt: skip
-    if done.returncode:
-        raise CaloraError(
-            "commit", "a commit of this repository", repr(name), "name a branch, a tag, an experiment or a hash"
-        )
-    return done.stdout.strip().splitlines()[-1]
-
-
-def experiments(root: Path, commit: str | None = None) -> dict[str, str]:
-    """DVC's experiments, oldest first: name -> its reference in git; of all commits, or under one."""
-    under = "refs/exps" if commit is None else f"refs/exps/{commit[:2]}/{commit[2:]}"
-    found = git(root, "for-each-ref", "--sort=committerdate", "--format=%(refname)", under).splitlines()
-    return {reference.rsplit("/", 1)[-1]: reference for reference in found if reference.count("/") == 4}
-
-
-def uncommitted(root: Path) -> list[str]:
-    """Changed and new files of the working tree that no commit holds; what runs themselves write does not count."""
-    lines = git(root, "status", "--porcelain", "--untracked-files=all", "-z", ".").split("\0")
-    return [line[3:] for line in lines if line and not line[3:].startswith(WRITTEN_BY_RUNS)]
-
-
-def refuse(changed: list[str], fix: str) -> None:
-    """Raise `CaloraError` where the working tree has changes that a run would not see."""
-    if changed:
-        raise CaloraError("working tree", "no uncommitted changes", ", ".join(changed[:5]), fix)
 
 
 @contextmanager
@@ -81,19 +34,49 @@ def checkout(root: Path, commit: str, take_along: bool) -> Iterator[Path]:
     Args:
         take_along: bring the uncommitted changes of the working tree.
     """
+    check_submodules(root)
     sweep(root)
     folder = root / RUNS / uuid4().hex[:12]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with owned(folder):
         try:
             git(root, "worktree", "add", "--quiet", "--detach", str(folder), commit)
-            inside = folder / git(root, "rev-parse", "--show-prefix").strip()
+            inside = folder / prefix(root)
             if take_along:
-                _bring_changes(root, inside)
+                bring_changes(root, inside)
+            bring_submodules(root, inside)
+            _bring_own(root, inside)
             _share_cache(root, inside)
             yield inside
         finally:
             remove(root, folder)
+
+
+def check_files(root: Path, inside: Path) -> None:
+    """Raise `CaloraError` where a file that params.yaml names is not in the checkout, before any stage runs."""
+    params = yaml.safe_load((inside / "params.yaml").read_text(encoding="utf-8"))
+    sets = params.get("data", {}).get("sets", {})
+    for name in set(sets) - set(params.get("tasks", [])):
+        del sets[name]  # no task of this run
+    for key, name, certainly in _texts(params):
+        ignored = os.path.exists(root / name)
+        if (certainly or ignored) and not os.path.exists(inside / name):
+            found = "one that git ignores, which a run has not" if ignored else "no such file"
+            fix = f"put it into {OWN}/, or commit it" if ignored else f"correct the path, or put the file into {OWN}/"
+            raise CaloraError(f"params.yaml: {key}", f"the file {name}", found, fix)
+
+
+def _texts(value: Any, key: str = "", files: bool = False) -> Iterator[tuple[str, str, bool]]:
+    """Each text in params.yaml: its key, with dots, itself, and whether it certainly names a file."""
+    if isinstance(value, dict):
+        ours = value.get("source") in ("files", "path")
+        for name, one in value.items():
+            yield from _texts(one, f"{key}.{name}" if key else str(name), ours and name in NAMES_OF_FILES)
+    elif isinstance(value, list):
+        for one in value:
+            yield from _texts(one, key, files)
+    elif isinstance(value, str):
+        yield key, value, files or value.startswith(f"{OWN}/")
 
 
 @contextmanager
@@ -141,23 +124,19 @@ def remove(root: Path, folder: Path) -> None:
 @contextmanager
 def owned(folder: Path) -> Iterator[bool]:
     """Whether nobody else alive has this checkout; it is then ours until the end. The system drops a dead process's lock."""
-    path = folder.with_name(f"{folder.name}.lock")
-    with path.open("w") as file:
-        mine = _locked(file)
-        try:
-            yield mine
-        finally:
-            if mine:
-                path.unlink(missing_ok=True)
-
-
-def _locked(file: IO[str]) -> bool:
+    lock = FileLock(folder.with_name(f"{folder.name}.lock"), thread_local=False)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    # The file may have been removed by its last owner between our opening and locking it.
-    return Path(file.name).exists() and os.fstat(file.fileno()).st_ino == Path(file.name).stat().st_ino
+        lock.acquire(blocking=False)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        Path(lock.lock_file).unlink(
+            missing_ok=True
+        )  # before it is free: who waits for it looks whether it is still there
+        lock.release()
 
 
 def _last_touched(folder: Path) -> float:
@@ -168,21 +147,26 @@ def _last_touched(folder: Path) -> float:
         return time.time()
 
 
-def _bring_changes(root: Path, inside: Path) -> None:
-    """The working tree's changes against its HEAD, and its new files that git does not ignore."""
-    changes = subprocess.run(
-        ["git", "diff", "HEAD", "--binary", "--relative", "."], cwd=root, capture_output=True, check=True
-    ).stdout
-    if changes:
-        git(inside, "apply", "--whitespace=nowarn", "-", stdin=changes)
-    for name in git(root, "ls-files", "--others", "--exclude-standard", "-z").split("\0"):
-        if name:
-            (inside / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(root / name, inside / name, follow_symlinks=False)
+def _bring_own(root: Path, inside: Path) -> None:
+    """Links to the files of `own/`, which git ignores, and to the folders of downloads.
+
+    Each file is linked, not their folder: DVC finds the same hash behind a linked file, and none behind a linked folder.
+    """
+    for name in DOWNLOADS:
+        (root / name).mkdir(parents=True, exist_ok=True)
+        (inside / name).parent.mkdir(parents=True, exist_ok=True)
+        (inside / name).symlink_to((root / name).resolve())
+    for folder, folders, files in os.walk(root / OWN):
+        there = inside / Path(folder).relative_to(root)
+        there.mkdir(parents=True, exist_ok=True)
+        linked = [name for name in folders if (Path(folder) / name).is_symlink()]
+        for name in (*files, *linked):
+            if not (there / name).exists():
+                (there / name).symlink_to((Path(folder) / name).resolve())
 
 
 def _share_cache(root: Path, inside: Path) -> None:
-    """Let DVC there use the project's cache and local settings, and the stages its downloads."""
+    """Let DVC there use the project's cache and local settings."""
     from dvc.repo import Repo
 
     with Repo(str(root)) as repo:

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from calora.errors import CaloraError
-from pipeline.checkout import commit_of, experiments
+from pipeline.repository import commit_of, experiments, prefix
 
 WORKSPACE = "workspace"
 
@@ -41,8 +41,9 @@ def files_of(root: Path, name: str) -> Callable[[str], str]:
 
     if name == WORKSPACE:
         return lambda path: (root / path).read_text(encoding="utf-8")
-    files = DVCFileSystem(str(root), rev=name)
-    return lambda path: str(files.read_text(path, encoding="utf-8"))
+    below = prefix(root)
+    files = DVCFileSystem(str(root), rev=name, subrepos=bool(below))
+    return lambda path: str(files.read_text(below + path, encoding="utf-8"))
 
 
 def read_experiment(root: Path, name: str) -> Experiment:

@@ -1,13 +1,11 @@
 """The flow: a checkout of its own, one task for each DVC stage, and a DVC experiment at the end."""
 
 # No postponed annotations here: Prefect builds its form from the types themselves.
-import os
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import count
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from uuid import UUID
@@ -21,9 +19,11 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
 from calora.errors import CaloraError
-from pipeline.checkout import checkout, commit_of, experiments, refuse, resumable, sweep, uncommitted
-from pipeline.graph import LockBusy, StageFailed, run_stage, stages, unchanged, with_needed
-from pipeline.process import CHECK_PARAMS, DVC, Processes
+from pipeline.checkout import check_files, checkout, resumable, sweep
+from pipeline.graph import WAITS, StageFailed, TryAgain, in_turn, restore, run_stage, stages, with_needed
+from pipeline.process import CHECK_PARAMS, Processes, workers
+from pipeline.repository import check_name, commit_of, refuse, uncommitted
+from pipeline.saving import save_experiment
 from pipeline.settings import NAME, ROOT, Settings, changes, write_params
 from pipeline.share import Sharing
 from pipeline.show import key_of, show_results
@@ -33,13 +33,11 @@ WORDS = {"ran": "Completed", "restored": "Cached", "unchanged": "Cached"}
 
 
 def can_help(_: Any, run: Any, state: State) -> bool:
-    """Whether trying a stage again can help: another process held a lock, or a download broke off."""
+    """Whether trying a stage again can help."""
     try:
         state.result()
-    except LockBusy:
+    except TryAgain:
         return True
-    except StageFailed as error:
-        return str(error).startswith(("base:", "download@"))
     except Exception:
         return False
     return False
@@ -47,8 +45,8 @@ def can_help(_: Any, run: Any, state: State) -> bool:
 
 @task(
     task_run_name="{stage}",
-    retries=3,
-    retry_delay_seconds=[2, 5, 15],
+    retries=len(WAITS),
+    retry_delay_seconds=list(WAITS),
     retry_condition_fn=can_help,
     cache_policy=NO_CACHE,
     persist_result=False,
@@ -114,7 +112,7 @@ def clean_up(flow: Any, flow_run: Any, state: Any) -> None:
     sweep(ROOT)
 
 
-@flow(name="ca-lora", flow_run_name="{name}", task_runner=ThreadPoolTaskRunner(max_workers=int(os.environ.get("CALORA_WORKERS", "1"))),
+@flow(name="ca-lora", flow_run_name="{name}", task_runner=ThreadPoolTaskRunner(max_workers=workers()),
       on_crashed=[clean_up], on_cancellation=[clean_up])  # fmt: skip
 def ca_lora(
     name: Annotated[str, Field(pattern=NAME)] = "run",
@@ -150,20 +148,20 @@ def run_in_checkout(
         StageFailed: some stage failed, after those that do not need it were run.
     """
     log = get_run_logger()
+    check_name(ROOT, name)
     parent = commit_of(ROOT, commit)
-    changed = uncommitted(ROOT) if commit == "HEAD" else []
-    if changed_files == "refuse":
-        refuse(changed, "commit them, or set `changed_files` to `take along`")
+    changed = changes_for(parent, commit, changed_files)
     processes = Processes()
     with stopping(processes), checkout(ROOT, parent, take_along=bool(changed)) as folder:
         for key, (old, new) in write_params(folder, changes(settings)).items():
             log.info(f"{key}: {old} -> {new}")
         with resumable(ROOT, folder):
             check_params(folder, processes)
+            check_files(ROOT, folder)
             sharing = Sharing(share, folder, processes, log.info)
             sharing.fetch()
             graph = with_needed(stages(folder), only)
-            states = run_all(graph, unchanged(folder, graph, processes), folder, processes, sharing)
+            states = run_all(graph, restore(folder, graph, processes), folder, processes, sharing)
             failed = [stage for stage, state in states.items() if state.name not in ("Completed", "Cached")]
             if failed:
                 raise StageFailed("; ".join(f"{stage}: {states[stage].name}" for stage in failed))
@@ -172,6 +170,23 @@ def run_in_checkout(
                 sharing.push_experiment(saved)
                 show_results(ROOT, folder, parent, saved)
     return {stage: state.name or "" for stage, state in states.items()}
+
+
+def changes_for(parent: str, commit: str, changed_files: str) -> list[str]:
+    """The uncommitted files that a run takes along.
+
+    Raises:
+        CaloraError: there are some and the run may not take them along, or they are changes of another commit.
+    """
+    if changed_files == "take along":
+        head = commit_of(ROOT, "HEAD")
+        if parent != head:
+            fix = "commit the changes, or leave `commit` as HEAD"
+            raise CaloraError("take along", f"a run of HEAD ({head[:7]}), whose changes they are", parent[:7], fix)
+        return uncommitted(ROOT)
+    if commit == "HEAD":
+        refuse(uncommitted(ROOT), "commit them, or set `changed_files` to `take along`")
+    return []
 
 
 def check_params(folder: Path, processes: Processes) -> None:
@@ -185,22 +200,12 @@ def run_all(
     graph: dict[str, list[str]], known: set[str], folder: Path, processes: Processes, sharing: Sharing
 ) -> dict[str, State]:
     """Every stage after those that it needs; one that fails leaves the branches that do not need it going."""
-    futures: dict[str, PrefectFuture[Any]] = {}
-    for stage, needs in graph.items():
-        waits = [futures[needed] for needed in needs]
-        futures[stage] = dvc_stage.submit(stage, folder, stage in known, processes, sharing, wait_for=waits)
-    for future in futures.values():
-        # Short waits: a signal is answered between two of them. A stage whose need failed stays pending, NotReady.
-        while not (future.state.is_final() or future.state.name == "NotReady"):
-            future.wait(0.5)
+
+    def start(stage: str, needs: list[PrefectFuture[Any]]) -> PrefectFuture[Any]:
+        return dvc_stage.submit(stage, folder, stage in known, processes, sharing, wait_for=needs)
+
+    def over(future: PrefectFuture[Any]) -> bool:  # a stage whose need failed stays pending, NotReady
+        return future.state.is_final() or future.state.name == "NotReady"
+
+    futures = in_turn(graph, start, over)
     return {stage: future.state for stage, future in futures.items()}
-
-
-def save_experiment(root: Path, folder: Path, name: str, processes: Processes, say: Callable[[str], None]) -> str:
-    """Keep the checkout as a DVC experiment under its commit, and return its name: with a number where it was taken."""
-    taken = experiments(root)
-    numbered = (name if number == 1 else f"{name}-{number}" for number in count(1))
-    free = next(name for name in numbered if name not in taken)
-    if processes.run([*DVC, "exp", "save", "--name", free, "--include-untracked", "results"], folder, say):
-        raise StageFailed("the experiment could not be saved; its results are in DVC's cache")
-    return free

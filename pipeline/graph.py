@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from calora.errors import CaloraError
 from pipeline.process import DVC, Processes
@@ -13,15 +14,22 @@ from pipeline.process import DVC, Processes
 HINTS = (  # of DVC, for somebody at a terminal
     "To track the changes", "git add ", "To enable auto staging", "dvc config core.autostage", "Use `dvc push`", "Updating lock file",
 )  # fmt: skip
+Begun = TypeVar("Begun")
 BUSY = ("Unable to acquire lock", "is busy, it is being blocked by")
+NO_ANSWER = ("expected an answer, ", "expected the package index to answer")  # what stages say of a broken network
+WAITS = (2, 5, 15)  # seconds before a stage is tried again
 
 
 class StageFailed(Exception):
-    """A stage ended with an error; the message is its last words."""
+    """A stage ended with an error; the message is its last words, `code` the exit code of DVC."""
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
 
 
-class LockBusy(StageFailed):
-    """Another DVC process holds a lock that the stage needs: trying again helps."""
+class TryAgain(StageFailed):
+    """Another DVC process holds a lock that the stage needs, or the network broke: trying again can help."""
 
 
 def stages(folder: Path) -> dict[str, list[str]]:
@@ -62,20 +70,52 @@ def with_needed(graph: Mapping[str, list[str]], wanted: list[str]) -> dict[str, 
     return {stage: needs for stage, needs in graph.items() if stage in needed}
 
 
-def unchanged(folder: Path, graph: Mapping[str, list[str]], processes: Processes) -> set[str]:
-    """The stages whose outputs are there and whose inputs are as they were, down to the first that has something to do.
+def in_turn(
+    graph: Mapping[str, list[str]], start: Callable[[str, list[Begun]], Begun], over: Callable[[Begun], bool]
+) -> dict[str, Begun]:
+    """Start each stage as soon as those that it needs are over; return when all are.
 
-    What the cache has of them is restored; those that it has not are forgotten in dvc.lock (see `forget`).
+    Args:
+        start: begins a stage, given what it returned for each that the stage needs, and does not wait for it.
+        over: whether a stage that has begun has ended, however it did.
     """
-    lines: list[str] = []
+    begun: dict[str, Begun] = {}
+    while len(begun) < len(graph) or not all(over(one) for one in begun.values()):
+        for stage, needs in graph.items():
+            if stage not in begun and all(needed in begun and over(begun[needed]) for needed in needs):
+                begun[stage] = start(stage, [begun[needed] for needed in needs])
+        time.sleep(0.1)  # a signal is answered between two looks
+    return begun
+
+
+def restore(folder: Path, graph: Mapping[str, list[str]], processes: Processes) -> set[str]:
+    """Bring the outputs that dvc.lock names, so far as the cache has them; returns the stages that have nothing to do.
+
+    Those whose outputs are at hand nowhere are forgotten in dvc.lock (see `forget`).
+    """
     processes.run([*DVC, "checkout", "--quiet", "--allow-missing"], folder, lambda _: None)
+    changed = _changed(folder, processes)
+    forget(folder, {stage for stage in graph if _lost(changed.get(stage, []))})
+    return _same(graph, changed)
+
+
+def unchanged(folder: Path, graph: Mapping[str, list[str]], processes: Processes) -> set[str]:
+    """The stages whose outputs are there and whose inputs are as they were, down to the first that has something to do."""
+    return _same(graph, _changed(folder, processes))
+
+
+def _changed(folder: Path, processes: Processes) -> dict[str, list[Any]]:
+    lines: list[str] = []
     failed = processes.run([*DVC, "status", "--json"], folder, lines.append)
-    told = next((line for line in lines if line.startswith("{")), None)
-    if failed or told is None:
+    said = next((line for line in lines if line.startswith("{")), None)
+    if failed or said is None:
         found = (lines or ["no output"])[-1]
         raise CaloraError("dvc status", "the state of the stages", found, "mend dvc.yaml or params.yaml")
-    changed = json.loads(told)
-    forget(folder, {stage for stage in graph if _lost(changed.get(stage, []))})
+    changed: dict[str, list[Any]] = json.loads(said)
+    return changed
+
+
+def _same(graph: Mapping[str, list[str]], changed: Mapping[str, Any]) -> set[str]:
     same: set[str] = set()
     for stage, needs in graph.items():
         if stage not in changed and all(needed in same for needed in needs):
@@ -113,7 +153,7 @@ def run_stage(stage: str, folder: Path, processes: Processes, say: Callable[[str
         What became of it: `ran`, `restored` (from the cache of earlier runs) or `unchanged`.
 
     Raises:
-        LockBusy, StageFailed: it failed.
+        StageFailed: it failed; `TryAgain` where that can help.
         Stopped: the run is being stopped.
     """
     lines: list[str] = []
@@ -123,12 +163,13 @@ def run_stage(stage: str, folder: Path, processes: Processes, say: Callable[[str
         if not any(line.strip().startswith(words) for words in HINTS):
             say(line)
 
-    command = [*DVC, "repro", "--single-item", *(["--pull"] if pull else []), stage]
-    if processes.run(command, folder, keep):
+    command = [*DVC, "--wait-for-lock", "repro", "--single-item", *(["--pull"] if pull else []), stage]
+    if code := processes.run(command, folder, keep):
         said = next((line for line in lines if line.startswith("error: ")), None)
         said = said or next((line for line in reversed(lines) if line.startswith("ERROR: ")), None)
-        kind = LockBusy if any(words in line for line in lines for words in BUSY) else StageFailed
-        raise kind(f"{stage}: {said or (lines or ['no output'])[-1]}")
+        said = said or (lines or ["no output"])[-1]
+        passing = any(words in said for words in NO_ANSWER) or any(words in line for line in lines for words in BUSY)
+        raise (TryAgain if passing else StageFailed)(f"{stage}: {said}", code)
     if any(line.startswith("Running stage") for line in lines):
         return "ran"
     return "restored" if any("is cached - skipping run" in line for line in lines) else "unchanged"

@@ -1,18 +1,25 @@
-"""The pipeline in this folder: `dvc repro`, then the table of methods; and the same on a few hundred texts."""
+"""The pipeline in this folder: `dvc repro`, how long each stage took, then the table of methods; and the same on a few hundred texts."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import shutil
 import subprocess
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import yaml
 from rich.console import Console
 from rich.markdown import Markdown
 
-from pipeline.process import CHECK_PARAMS, DVC, environment
+from pipeline.graph import WAITS, StageFailed, TryAgain, in_turn, run_stage, stages, unchanged
+from pipeline.process import CHECK_PARAMS, DVC, Processes, environment, workers
 from pipeline.settings import ROOT
+from pipeline.times import Clock, Times
 
 SMOKE = {
     "data": {"sizes": {"train": 96, "unlabelled": 48, "validation": 32, "test": 64}},
@@ -40,16 +47,76 @@ def without_git(folder: Path) -> bool:
 
 
 def repro(folder: Path) -> int:
-    """`dvc repro`, then the table."""
+    """The stages that have something to do, how long each took, and then the table of methods; the exit code is DVC's."""
     if without_git(folder):
         print(NO_GIT)
     if code := subprocess.run(CHECK_PARAMS, cwd=folder).returncode:
         return code
-    if code := dvc(folder, "repro"):
+    times = Times()
+    code = one_by_one(folder, times) if workers() == 1 else side_by_side(folder, times)
+    times.show()
+    if code:
         return code
     Console().print(Markdown((folder / "results/table.md").read_text(encoding="utf-8")))
     print(f"Details: {folder / 'results'}")
     return 0
+
+
+def one_by_one(folder: Path, times: Times) -> int:
+    """`dvc repro`, in this process."""
+    from dvc.cli import main
+
+    before, log, clock = dict(os.environ), logging.getLogger("dvc"), Clock(times)
+    os.environ.update(environment())
+    log.addHandler(clock)
+    try:
+        with contextlib.chdir(folder):
+            return int(main(["repro"]))
+    finally:
+        clock.stop()
+        log.removeHandler(clock)
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def side_by_side(folder: Path, times: Times) -> int:
+    """The same, with as many stages at a time as CALORA_WORKERS says; after one that fails no other begins."""
+    processes, graph = Processes(), stages(folder)
+    known = unchanged(folder, graph, processes)
+    failed: list[StageFailed] = []
+
+    def work(stage: str) -> None:
+        if stage in known or failed:
+            return
+        try:
+            with times.of(stage) as found:
+                done = patiently(stage, folder, processes, lambda line: print(f"{stage} | {line}", flush=True))
+                found["what"] = {"restored": "cached"}.get(done, done)
+        except StageFailed as error:
+            failed.append(error)
+
+    with ThreadPoolExecutor(workers()) as pool:
+        try:
+            begun = in_turn(graph, lambda stage, _: pool.submit(work, stage), Future.done)
+        except BaseException:  # Ctrl-C
+            processes.stop()
+            raise
+    for future in begun.values():
+        future.result()
+    if len(known) == len(graph):
+        print("Data and pipelines are up to date.")
+    return failed[0].code if failed else 0
+
+
+def patiently(stage: str, folder: Path, processes: Processes, say: Callable[[str], None]) -> str:
+    """`run_stage`, again where that can help."""
+    for seconds in WAITS:
+        try:
+            return run_stage(stage, folder, processes, say)
+        except TryAgain as error:
+            say(f"{error}; again in {seconds} s")
+            time.sleep(seconds)
+    return run_stage(stage, folder, processes, say)
 
 
 def merged(base: dict[str, object], change: dict[str, object]) -> dict[str, object]:

@@ -11,17 +11,36 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from calora.errors import CaloraError
 from pipeline import guard
+from stages import SHARE_CORES
 
 DVC = (sys.executable, "-m", "dvc")
 # Lets the code of a folder check its own params.yaml.
 CHECK_PARAMS = (sys.executable, "-c", "from stages.common import run; run(lambda params: None)")
 
 
+def workers() -> int:
+    """How many stages of a run may work side by side: CALORA_WORKERS.
+
+    Raises:
+        CaloraError: it is no whole number above 0.
+    """
+    text = os.environ.get("CALORA_WORKERS", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise CaloraError("CALORA_WORKERS", "a whole number from 1", repr(text), "unset it, or CALORA_WORKERS=2")
+    return int(text)
+
+
 def environment(**more: str) -> dict[str, str]:
-    """This process's environment, with this interpreter's programs first on the PATH and without DVC's analytics."""
+    """This process's environment, with this interpreter's programs first on the PATH and without DVC's analytics.
+
+    Programs that work side by side get their share of the cores, unless the user says otherwise.
+    """
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "DVC_NO_ANALYTICS": "1", "PYTHONUNBUFFERED": "1", **more}
+    threads = max(1, len(os.sched_getaffinity(0)) // workers())
+    shares = {**SHARE_CORES, **({"OMP_NUM_THREADS": str(threads)} if workers() > 1 else {})}
+    return {**shares, **os.environ, "PATH": path, "DVC_NO_ANALYTICS": "1", "PYTHONUNBUFFERED": "1", **more}
 
 
 def guarded(

@@ -20,6 +20,7 @@ from pydantic import (
 from pydantic.json_schema import SkipJsonSchema
 
 from calora.errors import CaloraError
+from pipeline.values import editor, quoted
 
 ROOT = Path(__file__).resolve().parents[1]
 _PARAMS: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
@@ -109,12 +110,8 @@ def write_params(folder: Path, changed: dict[str, Any]) -> dict[str, tuple[Any, 
     Raises:
         CaloraError: params.yaml has no such key.
     """
-    from ruamel.yaml import YAML
-
-    editor = YAML()
-    editor.preserve_quotes, editor.width = True, 4096
-    path = folder / "params.yaml"
-    document = editor.load(path.read_text(encoding="utf-8"))
+    yaml, path = editor(), folder / "params.yaml"
+    document = yaml.load(path.read_text(encoding="utf-8"))
     done: dict[str, tuple[Any, Any]] = {}
     for key, value in changed.items():
         *parents, last = key.split(".")
@@ -125,9 +122,9 @@ def write_params(folder: Path, changed: dict[str, Any]) -> dict[str, tuple[Any, 
             raise CaloraError(f"params.yaml: {key}", "a key that is there", "none", "correct its spelling")
         if section[last] != value:
             done[key] = (section[last], value)
-            section[last] = value
+            section[last] = quoted(value)
     if done:
         text = io.StringIO()
-        editor.dump(document, text)
+        yaml.dump(document, text)
         path.write_text(text.getvalue(), encoding="utf-8")
     return done

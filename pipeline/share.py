@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from calora.errors import CaloraError
-from pipeline.checkout import git
 from pipeline.process import DVC, Processes
+from pipeline.repository import git
 
 
 class Sharing:

@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from tqdm import tqdm
 
 from calora.errors import CaloraError
-from pipeline.checkout import commit_of, experiments, refuse, uncommitted
+from pipeline.repository import commit_of, experiments, refuse, uncommitted
 from pipeline.settings import KEYS, Settings, checked
+from pipeline.values import value_of
 
 LISTS = ("tasks", "recipes", "compare")  # each value of a sweep over these is a list of one
 
@@ -30,7 +30,7 @@ def cells(assignments: Sequence[str]) -> list[dict[str, Any]]:
     axes: dict[str, list[Any]] = {}
     for text in assignments:
         key, _, values = text.partition("=")
-        found = [yaml.safe_load(value) for value in values.split(",") if value]
+        found = [value_of(value, "sweep") for value in values.split(",") if value]
         if not key or not found:
             raise CaloraError("sweep", "KEY=VALUE,VALUE", repr(text), "such as distill.alpha=0.01,0.05")
         axes[key] = [[value] for value in found] if key in LISTS else found

@@ -5,7 +5,12 @@ import os
 import sys
 from pathlib import Path
 
+# Threads of OpenMP that wait for others give way soon: two programs on the same cores would else each be ten times slower.
+SHARE_CORES = {"GOMP_SPINCOUNT": "1000"}
+
 # Before the libraries are imported: they read these once, and tell of things that no user of the pipeline can change.
+for _name, _value in SHARE_CORES.items():
+    os.environ.setdefault(_name, _value)
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

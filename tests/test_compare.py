@@ -10,10 +10,10 @@ from rich.console import Console
 from calora.common.artifacts import write_text
 from calora.errors import CaloraError
 from pipeline import experiment as reading
-from pipeline.checkout import git
 from pipeline.compare import compare, overview
 from pipeline.experiment import Experiment, Found, differing, read_experiment
 from pipeline.page import DETAILED, page
+from pipeline.repository import git
 from pipeline.seeds import over_seeds
 from pipeline.show import REPORTS, SERVED, difference, show_results
 from stages.looks import LOOKS as METHODS

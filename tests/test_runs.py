@@ -1,5 +1,6 @@
 """Runs in checkouts of their own: what they may change, what they leave behind, and that stopped means stopped."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -10,23 +11,29 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import yaml
+from prefect.states import Failed
+from prefect.task_runners import ThreadPoolTaskRunner
 
 from calora.errors import CaloraError
 from pipeline import flow as flows
-from pipeline import guard, offline, ui
+from pipeline import guard, local, offline, ui
 from pipeline import serve as serving
-from pipeline.__main__ import main
-from pipeline.checkout import checkout, commit_of, experiments, git, owned, resumable, sweep, uncommitted
+from pipeline.__main__ import main, pair
+from pipeline.checkout import check_files, checkout, owned, resumable, sweep
 from pipeline.experiment import files_of, flat
 from pipeline.graph import StageFailed, run_stage, stages, unchanged, with_needed
-from pipeline.process import Processes, Stopped
+from pipeline.process import DVC, Processes, Stopped, environment, workers
+from pipeline.repository import check_name, commit_of, experiments, git, uncommitted
+from pipeline.saving import save_experiment
 from pipeline.settings import RECIPES, ROOT, Settings, changes, write_params
 from pipeline.sweep import cells, label_of, name_of
 from pipeline.sweep import sweep as run_sweep
-from tests.toyproject import FILES, left, make_toy, processes, start_run
+from tests.toyproject import DVC_YAML, FILES, left, make_toy, processes, start_run
 
 
 @pytest.fixture
@@ -80,6 +87,38 @@ def test_the_command_line_has_the_forms_fields(capsys):
     assert all(f"--{name.replace('_', '-')}" in told for name in Settings.model_fields if name != "other")
     assert main(["run", "--alpha", "-3"]) == 1
     assert "alpha" in capsys.readouterr().err
+
+
+def test_numbers_and_texts_are_the_same_for_every_reader_of_yaml(project):
+    from dvc.utils.serialize import load_yaml
+
+    text = "a: 0\nb: 0\nc: 0\nkept: 1e-07  # as it was written\nswitch: on\n"
+    (project / "params.yaml").write_text(text)
+    changed = {"a": 1e-05, "b": [1e16, {"c": -2.5e-300}], "c": ["yes", "1e-5", "017", "null", "", "word", "2026-01-01"]}
+    write_params(project, changed)
+    written = (project / "params.yaml").read_text()
+    for read in (yaml.safe_load(written), load_yaml(project / "params.yaml")):
+        assert {key: read[key] for key in changed} == changed
+    assert written.endswith(text[text.index("kept") :])
+
+
+@pytest.mark.parametrize("text", ["1e-5", "0.00001", "1E-05", "1.0e-5", "+1e-5"])
+def test_small_numbers_of_the_command_line_are_numbers(text):
+    assert pair(f"distill.alpha={text}") == ("distill.alpha", 1e-5)
+    assert cells([f"distill.alpha={text},0.5"]) == [{"distill.alpha": 1e-5}, {"distill.alpha": 0.5}]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["run", "--set", "k=[0.1"], ["run", "--set", "k"], ["run", "--set", "=1"], ["run", "--set", "k=2026-13-45"],
+     ["sweep", "k=[0.1"], ["ui", "--port", "65535"], ["ui", "--port", "0"], ["ui", "--port", "abc"], ["ui", "--port", "-1"],
+     ["ui", "--runs", "0"], ["nothing"], ["run", "--speed", "1"]],
+)  # fmt: skip
+def test_a_mistake_on_the_command_line_is_one_line(arguments, capsys):
+    with contextlib.suppress(SystemExit):
+        assert main(arguments) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1
 
 
 # Checkouts
@@ -154,6 +193,183 @@ def test_no_repository_and_no_such_commit_are_told(tmp_path, project):
         commit_of(project, "--all")
 
 
+# In any git
+
+
+SET_BY_USERS = {
+    "diff.noprefix": "true", "diff.mnemonicPrefix": "true", "diff.external": "false", "diff.submodule": "log", "diff.context": "0",
+    "color.ui": "always", "core.quotePath": "true", "core.safecrlf": "true", "core.autocrlf": "input", "apply.whitespace": "error",
+    "status.showUntrackedFiles": "no", "status.renames": "copies", "status.relativePaths": "false", "core.hooksPath": "hooks",
+}  # fmt: skip
+
+
+def change_files(project):
+    """Every kind of change; returns what a checkout has to hold, by name."""
+    (project / "params.yaml").write_text("number: 5  \nhow: well\n\n\nrecipes: [a]\n")
+    git(project, "mv", "stages/report.py", "stages/ein Bericht.py")
+    (project / "stages/common.py").unlink()
+    (project / "new ä.bin").write_bytes(b"\0\r\n\xff")
+    (project / "windows.txt").write_bytes(b"a\r\nb\n")
+    (project / "run.sh").write_text("true\n")
+    (project / "run.sh").chmod(0o755)
+    (project / "results").mkdir()
+    (project / "results/of another run.txt").write_text("")
+    return {
+        name: (project / name).read_bytes() for name in ("params.yaml", "stages/ein Bericht.py", "new ä.bin", "run.sh")
+    }
+
+
+@pytest.mark.parametrize(
+    ("below", "settings"),
+    [("", {}), ("", SET_BY_USERS), ("a project/of many", SET_BY_USERS)],
+    ids=["plain", "set", "below"],
+)
+def test_changes_are_taken_along_whatever_git_is_set_to_and_wherever_the_project_is(
+    tmp_path, below, settings, monkeypatch
+):
+    project = make_toy(tmp_path / "repository", below)
+    (project.parents[1] / "elsewhere.txt" if below else project / "windows.txt").write_text("not ours")
+    for key, value in settings.items():
+        git(project, "config", key, value)
+    if settings:
+        (project / "hooks").mkdir()
+        (project / "hooks/post-checkout").write_text("#!/bin/sh\nexit 1\n")
+        (project / "hooks/post-checkout").chmod(0o755)
+        (project / ".git/info" if not below else tmp_path / "repository/.git/info").joinpath("exclude").write_text(
+            "hooks\n"
+        )
+        monkeypatch.setenv("LANG", "de_DE.UTF-8")
+        monkeypatch.setenv("GIT_EXTERNAL_DIFF", "false")
+        monkeypatch.setenv("GIT_DIR", "/nowhere")
+    held = change_files(project)
+    expected = {*held, "stages/report.py", "stages/common.py", "windows.txt"}
+    assert set(uncommitted(project)) == expected
+    with checkout(project, commit_of(project, "HEAD"), take_along=True) as folder:
+        assert {name: (folder / name).read_bytes() for name in held} == held
+        assert not (folder / "stages/report.py").exists() and not (folder / "stages/common.py").exists()
+        assert os.access(folder / "run.sh", os.X_OK) and not (folder / "results").exists()
+        assert (folder / "windows.txt").exists()
+    assert set(uncommitted(project)) == expected and left(project) == []
+
+
+def test_what_runs_write_is_no_change_in_a_folder_of_a_larger_repository(tmp_path):
+    project = make_toy(tmp_path / "repository", "below")
+    (project / "results").mkdir()
+    for name in ("dvc.lock", "results/table.md"):
+        (project / name).write_text("")
+    assert uncommitted(project) == []
+
+
+def keep(project, folder, name):
+    """An experiment of a checkout, without Prefect."""
+    with resumable(project, folder):
+        assert Processes().run([*DVC, "repro", "--quiet"], folder, print) == 0
+        return save_experiment(project, folder, name, Processes(), print)
+
+
+def test_a_project_in_a_folder_beside_a_submodule_has_experiments(tmp_path):
+    project, library = make_toy(tmp_path / "project", "below"), tmp_path / "library"
+    subprocess.run(["git", "init", "--quiet", library], check=True)
+    (library / "one.txt").write_text("one")
+    author = ("-c", "user.name=a", "-c", "user.email=a@example.org")
+    git(library, "add", "--all")
+    git(library, *author, "commit", "--quiet", "--message", "one")
+    git(project, "submodule", "--quiet", "add", str(library), "lib")
+    git(project, "commit", "--quiet", "--message", "library")
+    with checkout(project, commit_of(project, "HEAD"), take_along=False) as folder:
+        assert (folder / "lib/one.txt").read_text() == "one"
+        (folder / "params.yaml").write_text(FILES["params.yaml"].replace("3", "4"))
+        assert keep(project, folder, "with") == "with"
+    assert json.loads(files_of(project, "with")("results/summary.json"))["toy"]["a"]["square"] == 16
+    assert left(project) == [] and uncommitted(project) == []
+    clone = tmp_path / "clone"
+    git(tmp_path, "clone", "--quiet", str(tmp_path / "project"), str(clone))
+    with pytest.raises(CaloraError, match="git submodule update"), checkout(clone / "below", "HEAD", take_along=False):
+        pass
+
+
+def test_a_project_that_is_a_submodule_is_told_so_before_any_stage_runs(tmp_path):
+    project, above = make_toy(tmp_path / "project"), tmp_path / "above"
+    subprocess.run(["git", "init", "--quiet", above], check=True)
+    git(above, "submodule", "--quiet", "add", str(project), "inner")
+    with pytest.raises(CaloraError, match="submodule"), checkout(above / "inner", "HEAD", take_along=False):
+        pass
+    assert left(above / "inner") == []
+
+
+# Names
+
+
+def test_an_experiment_has_a_name_that_git_knows_nothing_by(project):
+    git(project, "branch", "topic")
+    git(project, "tag", "v1")
+    git(project, "fetch", "--quiet", ".", "topic")
+    for name in ("HEAD", "main", "workspace", "topic", "v1", "deadbeef", "1234567", "a..b", "end.lock", "FETCH_HEAD"):
+        with pytest.raises(CaloraError, match="another name"):
+            check_name(project, name)
+    check_name(project, "alpha01")
+
+
+class Saves:
+    """`dvc exp save`, without DVC."""
+
+    def run(self, command, folder, say):
+        head, name = commit_of(folder, "HEAD"), command[command.index("--name") + 1]
+        time.sleep(0.3)
+        git(folder, "update-ref", f"refs/exps/{head[:2]}/{head[2:]}/{name}", head)
+        return 0
+
+
+def test_two_runs_that_end_together_have_two_names(project):
+    (project / ".cache").mkdir()
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(save_experiment, project, project, "same", Saves(), print) for _ in range(2)]
+    assert sorted(one.result() for one in both) == sorted(experiments(project)) == ["same", "same-2"]
+
+
+# Data of one's own
+
+
+def test_a_checkout_has_the_users_own_files_and_dvc_the_same_hashes(project):
+    (project / "own/deep").mkdir(parents=True)
+    (project / "own/README.md").write_text("what belongs here")
+    with (project / ".gitignore").open("a") as file:
+        file.write("/own/*\n!/own/README.md\n")
+    (project / "dvc.yaml").write_text(DVC_YAML.replace("params: [number]", "deps: [own]\n    params: [number]"))
+    git(project, "add", "--all")
+    git(project, "commit", "--quiet", "--message", "own")
+    (project / "elsewhere.csv").write_text("c")
+    (project / "own/a.csv").write_text("a")
+    (project / "own/deep/b.csv").write_text("b")
+    (project / "own/linked.csv").symlink_to("../elsewhere.csv")
+    assert run_stage("number", project, Processes(), lambda _: None) == "ran"
+    with checkout(project, commit_of(project, "HEAD"), take_along=False) as folder:
+        assert {path.name for path in (folder / "own").rglob("*.csv")} == {"a.csv", "b.csv", "linked.csv"}
+        assert run_stage("number", folder, Processes(), lambda _: None) == "restored"
+        locked = [(place / "dvc.lock").read_text() for place in (project, folder)]
+        assert locked[0] == locked[1]
+    assert (project / "own/deep/b.csv").read_text() == "b"
+
+
+def test_a_file_that_is_nowhere_or_ignored_is_named_before_any_stage_runs(project):
+    with (project / ".gitignore").open("a") as file:
+        file.write("mine/\nown/\n")
+    git(project, "commit", "--quiet", "--all", "--message", "ignored")
+    for name in ("mine/train.csv", "own/train.csv"):
+        (project / name).parent.mkdir()
+        (project / name).write_text("")
+    one = {"source": "files", "train": "own/train.csv", "test": "stages/common.py", "prompt": "{text}/"}
+    good = {"tasks": ["one"], "data": {"sets": {"one": one, "unused": {**one, "train": "own/nowhere.csv"}}}}
+    wrong = ({"train": "nowhere.csv"}, {"validation": "own/nowhere.csv"}, {"more": ["mine/train.csv"]})
+    with checkout(project, commit_of(project, "HEAD"), take_along=False) as folder:
+        (folder / "params.yaml").write_text(json.dumps(good))
+        check_files(project, folder)
+        for change in wrong:
+            (folder / "params.yaml").write_text(json.dumps({**good, "data": {"sets": {"one": {**one, **change}}}}))
+            with pytest.raises(CaloraError, match=rf"data\.sets\.one\.{next(iter(change))}.*own/"):
+                check_files(project, folder)
+
+
 # Processes
 
 
@@ -220,6 +436,78 @@ def test_stages_come_from_dvc_in_order(project):
     assert unchanged(project, graph, Processes()) == {"number"}
 
 
+TWO_AT_ONCE = """
+import pathlib, sys, time
+mine, other = (pathlib.Path(f'{name}.begun') for name in (sys.argv[1], {'a': 'b', 'b': 'a'}[sys.argv[1]]))
+mine.touch()
+deadline = time.monotonic() + 20
+while not other.exists():  # it ends only beside the other
+    assert time.monotonic() < deadline, 'alone'
+    time.sleep(0.05)
+"""
+
+
+def two_at_once(project, monkeypatch):
+    monkeypatch.setenv("CALORA_WORKERS", "2")
+    square = project / "stages/square.py"
+    square.write_text(TWO_AT_ONCE + square.read_text())
+    with (project / ".gitignore").open("a") as file:
+        file.write("*.begun\n")
+    git(project, "commit", "--quiet", "--all", "--message", "two at once")
+
+
+def test_two_stages_of_a_run_work_side_by_side(project, monkeypatch, prefect_api):
+    two_at_once(project, monkeypatch)
+    side_by_side = flows.ca_lora.with_options(task_runner=ThreadPoolTaskRunner(max_workers=workers()))
+    assert side_by_side(name="both", return_state=True).is_completed()
+    squares = json.loads(files_of(project, "both")("results/summary.json"))["toy"]
+    assert {name: one["square"] for name, one in squares.items()} == {"a": 9, "b": 9}
+
+
+def test_make_run_works_side_by_side_and_says_how_long_each_stage_took(project, monkeypatch, capfd):
+    monkeypatch.setattr(local, "CHECK_PARAMS", ("true",))
+    two_at_once(project, monkeypatch)
+    assert local.repro(project) == 0
+    shown = capfd.readouterr().out
+    assert re.findall(r"^(\S+) +ran +\d+\.\d +\d+%$", shown, re.M)[-1] != "" and "square@a | " in shown
+    assert sorted(re.findall(r"^(\S+) +ran ", shown, re.M)) == ["number", "report", "square@a", "square@b"]
+    assert subprocess.run([*DVC, "status", "--quiet"], cwd=project).returncode == 0
+    assert local.repro(project) == 0
+    assert " ran " not in capfd.readouterr().out
+
+
+def test_make_run_keeps_dvcs_exit_code_and_begins_nothing_after_a_failure(project, monkeypatch, capfd):
+    monkeypatch.setattr(local, "CHECK_PARAMS", ("true",))
+    write_params(project, {"how": "badly"})
+    for count in ("1", "2"):
+        monkeypatch.setenv("CALORA_WORKERS", count)
+        assert local.repro(project) == 255
+        shown = capfd.readouterr()
+        assert "a cannot be squared" in shown.out + shown.err and "report  " not in shown.out
+    write_params(project, {"how": "well"})
+    monkeypatch.setenv("CALORA_WORKERS", "1")
+    assert local.repro(project) == 0
+    shown = capfd.readouterr().out
+    assert sorted(re.findall(r"^(\S+) +ran +\d", shown, re.M))[0] == "report"
+
+
+def test_programs_that_work_side_by_side_share_the_cores(monkeypatch):
+    for name in ("GOMP_SPINCOUNT", "OMP_NUM_THREADS", "CALORA_WORKERS"):
+        monkeypatch.delenv(name, raising=False)
+    read = [sys.executable, "-c", "import stages, os; print(os.environ['GOMP_SPINCOUNT'])"]
+    assert environment()["GOMP_SPINCOUNT"] == "1000" and "OMP_NUM_THREADS" not in environment()
+    assert subprocess.run(read, capture_output=True, text=True, cwd=ROOT).stdout == "1000\n"
+    monkeypatch.setenv("CALORA_WORKERS", "1000")
+    assert environment()["OMP_NUM_THREADS"] == "1"
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert environment()["GOMP_SPINCOUNT"] == "7" and environment()["OMP_NUM_THREADS"] == "3"
+    assert subprocess.run(read, capture_output=True, text=True, cwd=ROOT).stdout == "7\n"
+    monkeypatch.setenv("CALORA_WORKERS", "many")
+    with pytest.raises(CaloraError, match="CALORA_WORKERS"):
+        environment()
+
+
 def run(**options):
     return flows.ca_lora(**options, return_state=True)
 
@@ -271,6 +559,38 @@ def test_uncommitted_changes_are_refused_or_taken_along(project, prefect_api):
         state.result()
     assert run(name="dirty", changed_files="take along").is_completed()
     assert json.loads(files_of(project, "dirty")("results/summary.json"))["toy"]["a"]["square"] == 81
+
+
+def test_a_run_takes_no_changes_along_that_are_not_its_commits_and_no_name_of_gits(project, prefect_api):
+    first = commit_of(project, "HEAD")
+    (project / "params.yaml").write_text(FILES["params.yaml"].replace("3", "9"))
+    git(project, "commit", "--quiet", "--all", "--message", "later")
+    (project / "params.yaml").write_text(FILES["params.yaml"].replace("3", "10"))
+    with pytest.raises(CaloraError, match="take along"):
+        run(name="mixed", commit=first, changed_files="take along").result()
+    with pytest.raises(CaloraError, match="another name"):
+        run(name="HEAD", commit=first).result()
+    assert experiments(project) == {} and left(project) == []
+
+
+@pytest.mark.parametrize(
+    ("said", "again"),
+    [("error: download of x==1: expected the package index to answer with it, found no route. Fix: connect", True),
+     ("error: hub model x: expected an answer, found a timeout. Fix: check repo, revision, network and login", True),
+     ("ERROR: Unable to acquire lock. Most likely another DVC process is running", True),
+     ("error: download of x==1: expected SHA-256 ab, found cd. Fix: check version and sha256", False),
+     ("error: params.yaml: expected an answer among a, b, found c. Fix: correct it", False)],
+)  # fmt: skip
+def test_a_lock_and_a_broken_network_are_tried_again_in_any_stage_and_mistakes_are_not(project, said, again):
+    class Fails:
+        def run(self, command, folder, say):
+            say(said)
+            say("ERROR: failed to reproduce 'calibration': failed to run: python -m stages.calibration, exited with 1")
+            return 255
+
+    with pytest.raises(StageFailed) as failed:
+        run_stage("calibration", project, Fails(), lambda _: None)
+    assert flows.can_help(None, None, Failed(data=failed.value)) is again and failed.value.code == 255
 
 
 def test_what_runs_themselves_wrote_is_no_change_and_stays_behind(project, prefect_api):

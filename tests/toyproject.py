@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkout import git
 from pipeline.process import environment
+from pipeline.repository import git
 
 # `how` lets `square` fail (badly), or wait at first and go on when it is started again (slowly).
 DVC_YAML = """
@@ -40,6 +40,8 @@ FILES = {
     "dvc.yaml": DVC_YAML,
     ".gitignore": ".cache/\ncheckpoints\n.prefect/\n",
     ".dvcignore": ".cache/\n",
+    ".dvc/config": "",  # with the next one: what `dvc init` writes
+    ".dvc/.gitignore": "/config.local\n/tmp\n/cache\n",
     "stages/common.py": "def run(act):\n    act(None)\n",
     "stages/number.py": "import yaml\nopen('number.txt', 'w').write(str(yaml.safe_load(open('params.yaml'))['number']))\n",
     "stages/square.py": """
@@ -67,16 +69,17 @@ pathlib.Path('results/table.md').write_text('| square |\\n')
 }  # fmt: skip
 
 
-def make_toy(folder: Path) -> Path:
-    """The project, committed."""
+def make_toy(repository: Path, below: str = "") -> Path:
+    """The project, committed: a repository of its own, or a folder of one."""
+    folder = repository / below
     for name, text in FILES.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
-    for command in (
-        ["git", "init", "-q"], ["git", "config", "user.name", "tester"], ["git", "config", "user.email", "t@example.org"],
-        [sys.executable, "-m", "dvc", "init", "-q"], ["git", "add", "-A"], ["git", "commit", "-q", "-m", "start"],
-    ):  # fmt: skip
-        subprocess.run(command, cwd=folder, check=True, env=environment())
+    subprocess.run(["git", "init", "--quiet", repository], check=True)
+    with (repository / ".git/config").open("a") as config:
+        config.write("[user]\n\tname = tester\n\temail = t@example.org\n")
+    git(folder, "add", "--all")
+    git(folder, "commit", "--quiet", "--message", "start")
     return folder
 
 
