@@ -106,7 +106,7 @@ def _usable(scale: Tensor, dtype: torch.dtype) -> Tensor:
 def pack_mask(mask: Tensor) -> Tensor:
     """bool [out, in] -> uint8 [out, ceil(in / 8)], the first input in the lowest bit."""
     padded = torch.nn.functional.pad(mask, (0, -mask.shape[1] % 8))
-    return (padded.view(mask.shape[0], -1, 8).to(torch.uint8) << _BITS).sum(-1, dtype=torch.uint8)
+    return (padded.view(mask.shape[0], -1, 8).to(torch.uint8) << _BITS.to(mask.device)).sum(-1, dtype=torch.uint8)
 
 
 def unpack_mask(packed: Tensor, width: int) -> Tensor:
