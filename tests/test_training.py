@@ -11,11 +11,11 @@ from calora.distillation.distill import answer_divergence, finetune, hidden_dist
 from calora.distillation.targets import Targets, write_targets
 from calora.distillation.training import Checkpoint, MasterWeights, Schedule
 from calora.errors import CaloraError
-from calora.evaluation.predict import accuracy
+from calora.evaluation.predict import accuracy, predict
 from calora.models.families import DecoderOnly, family_of
 from calora.models.loading import load_model, load_tokenizer
-from calora.models.tasks import encode_all
-from tests.conftest import TASK, toy_rows
+from calora.models.tasks import Task, encode_all
+from tests.conftest import TASK, make_model, toy_rows
 
 SCHEDULE = Schedule(steps=8, lr=5e-3, warmup=2, clip=1.0, eval_every=4, checkpoint_seconds=0.0)
 
@@ -178,3 +178,20 @@ def test_progress_is_lines_where_there_is_no_terminal(capsys, monkeypatch):
     assert list(progress(range(3), "counting", "steps")) == [0, 1, 2]
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1].startswith("counting: 3 of 3 steps") and "\r" not in "".join(lines)
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_the_teachers_own_answer_ends_at_any_end_token(kind, tmp_path, monkeypatch):
+    folder = make_model(kind, tmp_path / kind, torch.float32)
+    model, tokenizer = load_model(folder, torch.float32), load_tokenizer(folder)
+    task = Task("toy", "{text}", (), 16, 6)
+    examples = encode_all(task, tokenizer, [{"text": row["text"]} for row in toy_rows(6, 2)])
+    free = family_of(model).generate(model, examples, 6)
+    end = free[0][2]
+    model.config.eos_token_id = [1, end]
+    write_targets(tmp_path / "targets", model, task, tokenizer, examples, 3, 5, "targets")
+    answers = [e.answer_ids for e in Targets(tmp_path / "targets").with_answers(examples)]
+    assert answers == [ids[: ids.index(end) + 1] if end in ids else ids for ids in free]
+    assert answers[0][-1] == end and len(answers[0]) < 6
+    words = [predicted.split() for predicted in predict(model, task, tokenizer, examples, 3).answers]
+    assert all(tokenizer.decode([end]) not in each for each in words)

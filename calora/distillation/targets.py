@@ -22,6 +22,8 @@ from calora.errors import CaloraError
 from calora.models.families import Batch, Output, family_of
 from calora.models.tasks import Example, Task
 
+MADE_BY = "make the teacher's targets again"
+STORED = torch.bfloat16  # whatever the model computes in
 SHARD_TOKENS = 2**14  # a shard is the most that an interrupted run has to do again
 
 
@@ -50,7 +52,7 @@ def write_targets(
     top_k: int,
     title: str,
 ) -> None:
-    """Run the teacher over `examples` and store its last hidden states and answer logits, in the model's dtype.
+    """Run the teacher over `examples` and store its last hidden states and answer logits, in bfloat16.
 
     Scored tasks keep the logits of the candidate answers; generated ones the `top_k` highest. Where a generated
     example has no answer, the teacher's own greedy answer stands in for it. Shards that an interrupted call with
@@ -94,13 +96,10 @@ def _sharded(batches: Sequence[list[int]], examples: Sequence[Example]) -> list[
 def _with_own_answers(
     model: PreTrainedModel, task: Task, tokenizer: PreTrainedTokenizerBase, examples: list[Example]
 ) -> list[Example]:
-    written = family_of(model).generate(model, [Example(e.prompt_ids) for e in examples], task.max_new_tokens)
-    end = tokenizer.eos_token_id
-    completed = []
-    for example, ids in zip(examples, written, strict=True):
-        ids = [*ids[: ids.index(end)], end] if end in ids else ids
-        completed.append(example if example.answer_ids else Example(example.prompt_ids, ids))
-    return completed
+    """The examples, and the model's greedy answer where one has none: up to and with its end token."""
+    prompts = [Example(e.prompt_ids) for e in examples if not e.answer_ids]
+    written = iter(family_of(model).generate(model, prompts, task.max_new_tokens, tokenizer.eos_token_id))
+    return [e if e.answer_ids else replace(e, answer_ids=next(written)) for e in examples]
 
 
 def _rows(batch: Batch, output: Output, answer_ids: Tensor | None, top_k: int) -> list[Target]:
@@ -110,9 +109,10 @@ def _rows(batch: Batch, output: Output, answer_ids: Tensor | None, top_k: int) -
         logits, token_ids = logits.topk(min(top_k, logits.shape[-1]))
     else:
         token_ids = answer_ids.expand(len(logits), -1)
+    logits, states = logits.to(STORED), {stack: hidden.to(STORED) for stack, hidden in output.hidden.items()}
     targets = []
     for row in range(int(rows[-1]) + 1):
-        hidden = {stack: output.hidden[stack][row, mask[row]].clone() for stack, mask in batch.masks.items()}
+        hidden = {stack: states[stack][row, mask[row]].clone() for stack, mask in batch.masks.items()}
         targets.append(Target(hidden, token_ids[rows == row].clone(), logits[rows == row].clone()))
     return targets
 
@@ -125,7 +125,7 @@ class Targets:
         self.files: dict[int, Any] = {}
         names: set[str] = set()
         for path in paths:
-            check_tensors(path, "run `dvc repro` to make the teacher's targets")
+            check_tensors(path, MADE_BY)
             file = safe_open(path, framework="pt")
             for name in file.keys():  # type: ignore[no-untyped-call]  # noqa: SIM118  (not a dict)
                 index, _, kind = name.partition(".")
@@ -140,7 +140,7 @@ class Targets:
             CaloraError: the targets were made from another number of examples.
         """
         if self.files.keys() != set(range(len(examples))):
-            raise CaloraError("teacher targets", len(examples), len(self.files), "run `dvc repro` from teacher on")
+            raise CaloraError("teacher targets", len(examples), len(self.files), MADE_BY)
         return [
             example if example.answer_ids else replace(example, answer_ids=self._tensor(index, "answer_ids").tolist())
             for index, example in enumerate(examples)

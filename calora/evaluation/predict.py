@@ -12,7 +12,7 @@ from calora.common.batching import length_batches
 from calora.common.parallel import portion, total
 from calora.common.progress import progress
 from calora.evaluation.metrics import normalise
-from calora.models.families import Classifier, family_of
+from calora.models.families import Classifier, end_tokens, family_of
 from calora.models.tasks import Example, Task
 
 
@@ -38,7 +38,7 @@ def predict(
         title: what the progress bar says; without one there is none.
     """
     family = family_of(model)
-    answers, labels = [""] * len(examples), [-1] * len(examples)
+    answers, labels, ends = [""] * len(examples), [-1] * len(examples), end_tokens(model)
     scored_ids = None
     if task.scored and not isinstance(family, Classifier):
         scored_ids = torch.tensor(task.answer_token_ids(tokenizer), device=model.device)
@@ -51,8 +51,10 @@ def predict(
                 for i, label in zip(indices, output.logits.float().argmax(-1).tolist(), strict=True):
                     labels[i], answers[i] = label, task.answers[label].strip()
             else:
-                for i, ids in zip(indices, family.generate(model, prompts, task.max_new_tokens), strict=True):
-                    answers[i] = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+                written = family.generate(model, prompts, task.max_new_tokens, tokenizer.eos_token_id)
+                for i, ids in zip(indices, written, strict=True):
+                    text = ids[:-1] if ids[-1] in ends else ids
+                    answers[i] = str(tokenizer.decode(text, skip_special_tokens=True)).strip()
     return Predictions(answers, labels)
 
 
