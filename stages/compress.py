@@ -16,7 +16,7 @@ from calora.common.artifacts import bytes_on_disk, fingerprint, write_json
 from calora.compression.__init__ import check_recipe, compress, fingerprint_of
 from calora.compression.walk import Calibration
 from calora.errors import CaloraError
-from calora.models.loading import load_model, load_tokenizer
+from calora.models.loading import compute_dtype, load_model, load_tokenizer
 from calora.saving import save
 from stages.common import BASE, CHECKPOINTS, compressed, results, run
 from stages.config import Params

@@ -317,7 +317,8 @@ def test_recipe_round_trip(tmp_path, calibration, kind, name):
     stored = read_json(out / "compression.json", "")
     assert stored["bytes_without_this_report"] == bytes_on_disk(out) - (out / "compression.json").stat().st_size
     assert sum(e["bytes_after"] for e in stored["layers"].values()) >= 0
-    assert set(stored["blocks"]) == {next(iter(step)) for step in RECIPES[name]}
+    assert set(stored["blocks"]) == set(report.blocks) and not {"kept", "seconds"} & set(stored)
+    assert stored["versions"]["torch"] == torch.__version__
     assert not list(tmp_path.glob(".*partial"))
 
 
@@ -339,9 +340,10 @@ def test_a_later_block_is_calibrated_on_what_the_earlier_ones_became(tmp_path, c
             layer.weight.data = block.layers[name].weight.data / 2
         return Change(dict(halved))
 
-    each_block(model, calibration, "halve", change)
+    each_block(model, [("halve", change)], calibration, torch.bfloat16)
     sums = {}
-    each_block(model, calibration, "look", lambda block: sums.update({block.name: block.moments()}) or Change())
+    look = ("look", lambda block: sums.update({block.name: block.moments()}) or Change())
+    each_block(model, [look], calibration, torch.bfloat16)
     first, last = "model.layers.0", "model.layers.1"
     name = f"{last}.self_attn.q_proj"
     torch.testing.assert_close(seen[last][name], sums[last][name])
@@ -355,25 +357,25 @@ def test_a_killed_compression_goes_on_after_its_last_finished_block(tmp_path, to
     base = wide(tmp_path)
     whole, broken = load_model(base, torch.bfloat16), load_model(base, torch.bfloat16)
     expected = compress(whole, RECIPES[name], Calibration(toy[2], tmp_path / "a"))
-    turn, original = iter(range(100)), walk._change
+    original = walk._compress
 
-    def dies(*args):
-        if next(turn) == 2 * len(RECIPES[name]) - 1:  # in the last step, after its first block
+    def dies(block, parts):
+        if block.name == "model.layers.1":
             raise KeyboardInterrupt
-        return original(*args)
+        return original(block, parts)
 
-    monkeypatch.setattr(walk, "_change", dies)
+    monkeypatch.setattr(walk, "_compress", dies)
     with pytest.raises(KeyboardInterrupt):
         compress(broken, RECIPES[name], Calibration(toy[2], tmp_path / "b"))
     worked = []
-    monkeypatch.setattr(walk, "_change", lambda *args: worked.append(args[1].name) or original(*args))
+    monkeypatch.setattr(walk, "_compress", lambda *args: worked.append(args[0].name) or original(*args))
     resumed = load_model(base, torch.bfloat16)
     report = compress(resumed, RECIPES[name], Calibration(toy[2], tmp_path / "b"))
     assert worked == ["model.layers.1"]
     for key, value in whole.state_dict().items():
         # Bytes: nf4 codes that are stored as bf16 hold NaN, which equals nothing.
         assert torch.equal(resumed.state_dict()[key].view(torch.uint8), value.view(torch.uint8)), key
-    assert report["layers"] == expected["layers"] and report["blocks"] == expected["blocks"]
+    assert report.layers == expected.layers and report.blocks == expected.blocks
 
 
 BAD = [
@@ -440,7 +442,7 @@ def test_truncated_edited_and_pickled_weights_are_refused(tmp_path, llama, toy):
     save(model, compress(model, [INT8], Calibration(toy[2])), out, llama)
     report = read_json(out / "compression.json", "")
     write_json(out / "compression.json", {**report, "version": 1})
-    with pytest.raises(CaloraError, match="expected version 2, found version 1"):
+    with pytest.raises(CaloraError, match="expected version 3, found version 1"):
         calora.load(out)
     write_json(out / "compression.json", report)
     weights = out / "model.safetensors"

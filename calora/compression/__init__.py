@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from calora.compression import moefy, prune, quantize, shrink
 from calora.compression.options import FIX, Plan, parse
 from calora.compression.precision import computing_in
-from calora.compression.walk import Calibration, Change, Part, Walked, check_finite, walk
+from calora.compression.walk import Calibration, Change, Part, Walked, check_finite, each_block
 from calora.errors import CaloraError
 from calora.layers.layout import store
 from calora.layers.report import Report
@@ -99,7 +99,7 @@ def compress(
     stored = model.dtype
     with computing_in(model, compute or stored, stored):
         plans, spent = _plans(model, steps, calibration.examples)
-        found = walk(model, _parts(steps, plans), calibration, stored)
+        found = each_block(model, _parts(steps, plans), calibration, stored)
     for what, seconds in spent.items():
         found.took(what, seconds)
     for (step, options), plan in zip(steps, plans, strict=True):

@@ -245,7 +245,7 @@ def check_finite(name: str, tensor: Tensor | None) -> None:
         raise CaloraError(name, "finite values", "NaN or Inf", "check the base's weights; nothing was written")
 
 
-def walk(model: PreTrainedModel, parts: Sequence[Part], calibration: Calibration, dtype: torch.dtype) -> Walked:
+def each_block(model: PreTrainedModel, parts: Sequence[Part], calibration: Calibration, dtype: torch.dtype) -> Walked:
     """Apply all parts to one block, then to the next, and say what became of each.
 
     Args:
@@ -283,7 +283,7 @@ def _compress(block: Block, parts: Sequence[Part]) -> tuple[Walked, list[str]]:
         errors = _errors(block, done)
         block.put(done.modules)
         modules |= dict.fromkeys(done.modules)
-        for name in sorted({*done.notes, *errors}):
+        for name in sorted({*done.modules, *done.notes}):
             made.layers.setdefault(name, {}).setdefault(step, {}).update(
                 done.notes.get(name, {}) | errors.get(name, {})
             )
