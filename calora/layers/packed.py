@@ -214,16 +214,19 @@ class PackedLinear(nn.Linear):
         for name in list(self._buffers):
             delattr(self, name)
 
+    def unprepare(self) -> None:
+        """Give up torch's int4 layout for codes and scales as they are stored; a sparse layer's are dense from then on."""
+        weight, scales = self.dense_weight(torch.float32), self.kernel[1].float()  # [out, in], [groups, out, 2]
+        scale = scales[..., 0].T.contiguous()  # [out, groups]
+        zero = None if self.packing.symmetric else (-scales[..., 1].T / scale).round().to(torch.int8)
+        grid = Grid(scale.to(self.dtype), zero, BITS["int4"])
+        self.kernel, self.packing = (), replace(self.packing, sparse=False)
+        self.restore(packed_tensors(grid.encode(weight), grid, self.packing))
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
-        """Move: torch's int4 layout is for CPUs, so that on another device the weight is stored as it was."""
+        """Move, or change the dtype. torch's int4 layout is for CPUs: it does not go along to another device."""
         if self.kernel and fn(self.kernel[0][:0]).device.type != "cpu":
-            weight, scales = self.dense_weight(torch.float32), self.kernel[1].float()  # [out, in], [groups, out, 2]
-            scale = scales[..., 0].T  # [out, groups]
-            zero = None if self.packing.symmetric else (-scales[..., 1].T / scale).round().to(torch.int8)
-            grid = Grid(scale.to(self.dtype).contiguous(), zero, 4)
-            packing = replace(self.packing, sparse=False)
-            self.kernel, self.packing = (), packing
-            self.restore(packed_tensors(grid.encode(weight), grid, packing))
+            self.unprepare()
         moved: PackedLinear = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return moved
 
