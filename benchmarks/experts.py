@@ -23,7 +23,7 @@ from calora.adapters.lora import attach_adapter, set_active
 from calora.adapters.origin import Origin
 from calora.common.batching import epoch_batches, length_batches
 from calora.common.progress import progress
-from calora.compression.__init__ import compress
+from calora.compression import compress
 from calora.compression.walk import Calibration
 from calora.evaluation.predict import accuracy
 from calora.inheritance.inherit import carry_lora

@@ -35,7 +35,7 @@ def folder_of(recipe: str) -> Path:
 
 def make(recipe: str) -> None:
     """Compress the base by a recipe of params.yaml, unless that was done."""
-    from calora.compression.__init__ import compress
+    from calora.compression import compress
     from calora.compression.walk import Calibration
     from calora.models.loading import load_model, load_tokenizer
     from calora.saving import save

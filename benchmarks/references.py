@@ -80,7 +80,7 @@ def linear_weights(model: Any) -> Weights:
 
 def ours() -> Iterator[tuple[str, Callable[[], Weights]]]:
     """Recipes of one step."""
-    from calora.compression.__init__ import compress
+    from calora.compression import compress
     from calora.compression.walk import Calibration
     from calora.layers.layout import dense_weight
     from calora.models.anatomy import linear_layers

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from benchmarks.references import BASE, calibration, perplexity
-from calora.compression.__init__ import Recipe, compress
+from calora.compression import Recipe, compress
 from calora.compression.walk import Calibration
 from calora.layers.layout import dense_view
 from calora.layers.packed import PackedEmbedding

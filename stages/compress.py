@@ -13,7 +13,7 @@ import torch
 
 import calora
 from calora.common.artifacts import bytes_on_disk, fingerprint, write_json
-from calora.compression.__init__ import check_recipe, compress, fingerprint_of
+from calora.compression import check_recipe, compress, fingerprint_of
 from calora.compression.walk import Calibration
 from calora.errors import CaloraError
 from calora.models.loading import compute_dtype, load_model, load_tokenizer

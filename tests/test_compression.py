@@ -16,7 +16,7 @@ import calora.plugin  # from_pretrained then knows our format
 from calora.adapters.lora import Adapter, attach_adapter, inject, lora_config, lora_state, set_active
 from calora.common.artifacts import bytes_on_disk, read_json, write_json
 from calora.compressed import load
-from calora.compression.__init__ import compress
+from calora.compression import compress
 from calora.compression.gptq import gptq
 from calora.compression.prune import keep_highest, keep_n_of_m
 from calora.compression.sparsegpt import sparsegpt

@@ -15,8 +15,7 @@ import transformers
 
 import calora.plugin  # noqa: F401  # from_pretrained then knows our format
 from calora.compressed import load
-from calora.compression import walk
-from calora.compression.__init__ import compress
+from calora.compression import compress, walk
 from calora.compression.walk import Calibration
 from calora.errors import CaloraError
 from calora.models.loading import load_model

@@ -7,7 +7,7 @@ from calora.adapters.lora import Adapter, attach_adapter, inject, lora_config, l
 from calora.adapters.origin import Origin
 from calora.common.leastsquares import compensated
 from calora.compressed import load
-from calora.compression.__init__ import compress
+from calora.compression import compress
 from calora.compression.walk import Calibration
 from calora.errors import CaloraError
 from calora.inheritance.inherit import carry_lora, inherit

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from calora.adapters.lora import Adapter, inject, lora_config, lora_state
-from calora.compression.__init__ import compress
+from calora.compression import compress
 from calora.compression.walk import Calibration
 from calora.errors import CaloraError
 from calora.inheritance.inherit import inherit
