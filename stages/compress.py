@@ -37,7 +37,7 @@ def main(params: Params, recipe: str) -> None:
 def _compress(steps: list[dict[str, dict[str, object]]], recipe: str) -> None:
     check_recipe(steps)
     examples = read_calibration(load_tokenizer(BASE))
-    parts = (steps, fingerprint(BASE), fingerprint_of(examples), code_digest(), str(compute_dtype()))
+    parts = (steps, fingerprint(BASE), fingerprint_of(examples), code_digest(), compute_dtype())
     unfinished = CHECKPOINTS / compressed(recipe)
     key = hashlib.sha256(repr(parts).encode()).hexdigest()
     model = load_model(BASE, torch.bfloat16)

@@ -638,6 +638,11 @@ def test_what_is_stored_keeps_the_dtype_of_the_base_whatever_computes(tmp_path, 
     torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=3e-2, atol=3e-2)  # bf16 rounds at 2^-8
 
 
+def test_a_dtype_that_would_change_untouched_weights_is_refused(llama32, toy):
+    with pytest.raises(CaloraError, match="a dtype that holds every value"):
+        compress(load_model(llama32, torch.float32), [INT8], Calibration(toy[2]), torch.bfloat16)
+
+
 def test_a_second_compression_continues_the_first(tmp_path, calibration):
     """Two recipes one after another make one report, and are held to the order of steps."""
     base, out = wide(tmp_path), tmp_path / "out"

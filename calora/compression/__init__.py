@@ -22,6 +22,7 @@ from calora.errors import CaloraError
 from calora.layers.layout import store
 from calora.layers.report import Report
 from calora.models.anatomy import check_known
+from calora.models.loading import compute_dtype
 from calora.models.tasks import Example
 
 Recipe = Sequence[Mapping[str, Mapping[str, Any]]]
@@ -83,8 +84,8 @@ def compress(
         model: as `calora.models.loading.load_model` gives it, in the dtype in which it will be stored.
         recipe: such as `[{"prune": {"score": "wanda", "pattern": "2:4"}}, {"quantize": {"format": "int8"}}]`.
         calibration: texts that the steps look at.
-        compute: the dtype in which blocks compute meanwhile; None for that of the model. What is stored is rounded to
-            the model's own all the same.
+        compute: the dtype in which blocks compute meanwhile; by default the model's own, or fp32 for a bf16 model where
+            the processor has no kernels for it. What is stored is rounded to the model's own all the same.
 
     Raises:
         CaloraError: a step is unknown, cannot follow the one before it or cannot be applied, or calora does not know
@@ -97,7 +98,7 @@ def compress(
         raise CaloraError("calibration", "at least one text", "none", "give it texts")
     before = {name: tensor.nbytes for name, tensor in model.state_dict().items()}
     stored = model.dtype
-    with computing_in(model, compute or stored, stored):
+    with computing_in(model, compute or _fast(stored), stored):
         plans, spent = _plans(model, steps, calibration.examples)
         found = each_block(model, _parts(steps, plans), calibration, stored)
     for what, seconds in spent.items():
@@ -150,6 +151,11 @@ def check_model(model: PreTrainedModel, steps: Sequence[tuple[str, Any]]) -> Non
         shape = STEPS[step].check(shape, options) or shape
     for name, tensor in model.state_dict().items():
         check_finite(name, tensor)
+
+
+def _fast(stored: torch.dtype) -> torch.dtype:
+    """The dtype to compute in: no other one holds what fp16 and fp32 do."""
+    return compute_dtype() if stored == torch.bfloat16 else stored
 
 
 def _plans(

@@ -92,7 +92,8 @@ def change(block: Block, options: Options, plan: Plan) -> Change:
     x, hidden = (values.float() for values in block.inputs(part.inputs[0], part.output))
     energy = hidden.square() * reader.weight.detach().float().square().sum(0)  # [tokens, neurons]: of each one's output
     shared = _busiest(energy, options.shared * size)
-    routed = torch.arange(neurons)[~torch.isin(torch.arange(neurons), shared)]
+    places = torch.arange(neurons, device=shared.device)
+    routed = places[~torch.isin(places, shared)]
     if options.clustering == "coactivation":
         features = project(energy[:, routed].sqrt().T)
     else:
@@ -105,8 +106,8 @@ def change(block: Block, options: Options, plan: Plan) -> Change:
     if options.router == "learned":
         tensors = learned_router(x, target, active)
     else:
-        places = F.normalize(features, dim=1)[clusters] @ centres.unsqueeze(-1)  # [experts, size, 1]
-        nearest = routed[clusters.gather(1, places.squeeze(-1).argmax(1, keepdim=True)).flatten()]
+        near = F.normalize(features, dim=1)[clusters] @ centres.unsqueeze(-1)  # [experts, size, 1]
+        nearest = routed[clusters.gather(1, near.squeeze(-1).argmax(1, keepdim=True)).flatten()]
         tensors = [layers[name].weight.detach()[nearest] for name in part.inputs]
     made = Change()
     for name in part.inputs:
@@ -120,13 +121,13 @@ def change(block: Block, options: Options, plan: Plan) -> Change:
     dense = block.module.get_submodule(part.name.removeprefix(f"{block.name}."))
     experts = Experts.wrap(dense, vars(routing), stored)
     made.modules = {part.name: experts, **made.modules}  # the layers go into the new feed-forward
-    made.notes[part.name] = _told(experts, x, target, energy[:, shared].sum(-1)) | {
+    made.notes[part.name] = _held(experts, x, target, energy[:, shared].sum(-1)) | {
         "activation": type(activation_of(dense)).__name__
     }
     return made
 
 
-def _told(experts: Experts, x: Tensor, target: Tensor, shared: Tensor) -> dict[str, Any]:
+def _held(experts: Experts, x: Tensor, target: Tensor, shared: Tensor) -> dict[str, Any]:
     """Share of the neurons' output energy that the chosen experts hold, by the router and by the best choice."""
     with torch.no_grad():
         chosen = experts.choose(x)  # [tokens, active]

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from calora.errors import CaloraError
 from calora.layers.experts import ExpertLinear
 from calora.layers.nf4 import Nf4Linear
 from calora.layers.packed import PackedEmbedding, PackedLinear
@@ -20,7 +21,12 @@ def computing_in(model: nn.Module, dtype: torch.dtype, stored: torch.dtype) -> I
     """Let a model whose dense tensors are in `stored` compute in `dtype`, then bring them back, new ones too.
 
     What is packed stays as it is: packed layers compute in the dtype of their inputs.
+
+    Raises:
+        CaloraError: `dtype` does not hold every value of `stored`, so that untouched weights would change.
     """
+    if torch.promote_types(dtype, stored) != dtype:
+        raise CaloraError("compute", f"a dtype that holds every value of {stored}", dtype, "use torch.float32")
     names = {name for name, tensor in _dense(model) if tensor.dtype == stored}
     _cast(model, names, stored, dtype)
     try:

@@ -98,7 +98,7 @@ def _pruned(
 
         values, keep = sparsegpt(torch.cat(list(weights.values())), moment, by_layer, span)
         return dict(zip(group, zip(values.split(sizes), keep.split(sizes), strict=True), strict=True))
-    norms = moment.diagonal().sqrt() if score == "wanda" else torch.ones(len(moment))
+    norms = moment.diagonal().sqrt() if score == "wanda" else torch.ones_like(moment.diagonal())
     return {name: (weight, choose(weight.float().abs() * norms)) for name, weight in weights.items()}
 
 

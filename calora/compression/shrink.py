@@ -187,7 +187,7 @@ def finish(model: PreTrainedModel, _: Options, plan: Plan) -> list[str]:
 
 def _spread(groups: Tensor, width: int) -> Tensor:
     """Indices of all places of the groups, each `width` wide."""
-    return (groups.unsqueeze(1) * width + torch.arange(width)).flatten()
+    return (groups.unsqueeze(1) * width + torch.arange(width, device=groups.device)).flatten()
 
 
 def _energy(reader: nn.Linear, moment: Tensor) -> Tensor:
