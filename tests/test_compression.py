@@ -3,6 +3,7 @@
 import copy
 import functools
 import threading
+import types
 
 import bitsandbytes as bnb
 import pytest
@@ -766,3 +767,13 @@ def test_other_code_does_not_go_on_from_a_checkpoint(tmp_path, monkeypatch):
         (tmp_path / "layers" / "codes.py").write_text(text)
         digests.add(stage.code_digest())
     assert len(digests) == 2
+
+
+def test_the_stage_names_the_key_of_a_mistake():
+    from stages import compress as stage
+
+    params = types.SimpleNamespace(compressions={"odd": [{"quantize": {"format": "int3"}}]})
+    with pytest.raises(
+        CaloraError, match=r"^compress\.odd in params\.yaml: quantize\.format: .* Fix: change the recipe$"
+    ):
+        stage.main(params, "odd")
