@@ -27,6 +27,7 @@ from calora.compression import compress
 from calora.compression.walk import Calibration
 from calora.evaluation.predict import accuracy
 from calora.inheritance.inherit import carry_lora
+from calora.layers.report import Report
 from calora.models.families import pad
 from calora.models.loading import load_model, load_tokenizer
 from calora.models.tasks import Example, encode_all
@@ -146,9 +147,9 @@ def neurons_on(model: Any, texts: list[list[int]]) -> float:
     return sum(shares) / len(shares)
 
 
-def energies(report: dict[str, Any]) -> str:
+def energies(report: Report) -> str:
     """Mean share of the output energy that the chosen experts hold, and that the best choice would."""
-    notes = [entry["steps"]["moefy"] for entry in report["layers"].values() if entry["kind"] == "experts"]
+    notes = [entry["steps"]["moefy"] for entry in report.layers.values() if entry["kind"] == "experts"]
     found, best = (sum(note[key] for note in notes) / len(notes) for key in ("energy", "energy_of_the_best"))
     return f"output energy {found:.3f}, best choice {best:.3f}"
 
@@ -162,16 +163,14 @@ def swiglu() -> None:
 
     def scored(options: dict[str, Any] | None, silent: bool = False) -> tuple[float, str]:
         model = load_model(BASE, torch.bfloat16, attention="eager")
-        report: dict[str, Any] = {"kept": {}, "layers_kept": {}}
-        if options:
-            report = compress(model, [{"moefy": options}], Calibration(calibration))
-        lora, _ = carry_lora(model, origin, Origin(report["kept"], report["layers_kept"]))
+        report = compress(model, [{"moefy": options}], Calibration(calibration)) if options else None
+        lora, _ = carry_lora(model, origin, Origin(report.kept, report.layers_kept) if report else Origin())
         attach_adapter(model, lora, "a")
         set_active(model, "a")
         if silent:
             for block in model.model.layers:
                 block.mlp.down_proj.weight.zero_()
-        return accuracy(model, task, tokenizer, examples, 32), energies(report) if options else ""
+        return accuracy(model, task, tokenizer, examples, 32), energies(report) if report else ""
 
     whole, _ = scored(None)
     print(f"LLM + LoRA, dense: {whole:.3f} on {len(examples)} validation texts of movies")

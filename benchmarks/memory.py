@@ -46,8 +46,8 @@ class Chosen(Targets):
     def with_answers(self, examples: Sequence[Example]) -> list[Example]:
         return list(examples)
 
-    def read(self, indices: Sequence[int]) -> Target:
-        return super().read([self.places[i] for i in indices])
+    def read(self, indices: Sequence[int], device: torch.device) -> Target:
+        return super().read([self.places[i] for i in indices], device)
 
 
 def train(method: str) -> float:

@@ -4,7 +4,8 @@
 `python -m stages.download nyt` (perplexity is measured on unlabelled texts of both tasks). The packages want other versions
 of what calora needs: install the one that is asked for, with torch and transformers, into an environment of its own, and run
 this with its python (only `ours` imports calora). Every row measures the weights alone: a plain bf16 transformers model gets
-the values that the package stores, so that no package's kernels count.
+the values that the package stores, so that no package's kernels count. CALORA_DTYPE=float32 computes in fp32, for a CPU without
+bf16 kernels.
 """
 
 from __future__ import annotations
@@ -25,34 +26,50 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 BASE, CALIBRATION = "models/base", "data/calibration/texts.jsonl"
 HELD_BACK = {"data/movies/unlabelled.jsonl": 128, "data/nyt/unlabelled.jsonl": 64}
+DTYPE = {"bfloat16": torch.bfloat16, "float32": torch.float32}[os.environ.get("CALORA_DTYPE") or "bfloat16"]
 Weights = dict[str, Tensor]
 
 
-def texts(path: str, count: int = 10**6) -> list[list[int]]:
-    """Token ids of the first texts of a file."""
+def read(path: str) -> list[str]:
+    """The texts of a file."""
+    return [json.loads(line)["text"] for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def calibration() -> list[list[int]]:
+    """Token ids of the calibration texts."""
     tokenizer = AutoTokenizer.from_pretrained(BASE)
-    lines = Path(path).read_text(encoding="utf-8").splitlines()[:count]
-    return [tokenizer(json.loads(line)["text"]).input_ids for line in lines]
+    return [tokenizer(text).input_ids for text in read(CALIBRATION)]
 
 
-def plain() -> Any:
-    """The base, in bf16."""
-    return AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.bfloat16)
+def held_back() -> list[list[int]]:
+    """Token ids of the first texts of the files that are no calibration texts."""
+    tokenizer, seen = AutoTokenizer.from_pretrained(BASE), set(read(CALIBRATION))
+    chosen = [text for path, count in HELD_BACK.items() for text in [t for t in read(path) if t not in seen][:count]]
+    return [tokenizer(text).input_ids for text in chosen]
 
 
-def perplexity(weights: Weights) -> float:
-    """exp of the mean loss a token, of the base with these weights in place of its own."""
+def plain(dtype: torch.dtype = torch.bfloat16) -> Any:
+    """The base."""
+    return AutoModelForCausalLM.from_pretrained(BASE, dtype=dtype)
+
+
+def with_weights(weights: Weights) -> Any:
+    """The base with these weights in place of its own, as bf16 stores them; it computes in DTYPE."""
     model = plain()
     missing = model.load_state_dict({name: value.to(torch.bfloat16) for name, value in weights.items()}, strict=False)
     assert not missing.unexpected_keys, missing.unexpected_keys[:3]
+    return model.to(DTYPE)
+
+
+def perplexity(model: Any) -> float:
+    """exp of the mean loss a token of the held-back texts."""
     total = tokens = 0.0
     with torch.no_grad():
-        for path, count in HELD_BACK.items():
-            for text in texts(path, count):
-                ids = torch.tensor([text])
-                logits = model(input_ids=ids).logits.float()
-                total += float(torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum"))
-                tokens += len(text) - 1
+        for text in held_back():
+            ids = torch.tensor([text])
+            logits = model(input_ids=ids).logits.float()
+            total += float(torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum"))
+            tokens += len(text) - 1
     return math.exp(total / tokens)
 
 
@@ -72,7 +89,7 @@ def ours() -> Iterator[tuple[str, Callable[[], Weights]]]:
 
     def made(step: dict[str, Any]) -> Weights:
         model = load_model(Path(BASE), torch.bfloat16)
-        compress(model, [step], Calibration([Example(ids) for ids in texts(CALIBRATION)]))
+        compress(model, [step], Calibration([Example(ids) for ids in calibration()]), DTYPE)
         layers = linear_layers(model).items()
         return {f"{name}.weight": dense_weight(layer, torch.bfloat16) for name, layer in layers}
 
@@ -138,10 +155,10 @@ def llmcompressor() -> Iterator[tuple[str, Callable[[], Weights]]]:
     from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
 
     def made(modifier: Any) -> Weights:
-        model, calibration = plain(), texts(CALIBRATION)
-        rows = Dataset.from_list([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in calibration])
+        model, ours = plain(), calibration()
+        rows = Dataset.from_list([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in ours])
         oneshot(
-            model=model, dataset=rows, recipe=[modifier], num_calibration_samples=len(calibration), max_seq_length=512,
+            model=model, dataset=rows, recipe=[modifier], num_calibration_samples=len(ours), max_seq_length=512,
             processor=AutoTokenizer.from_pretrained(BASE),
         )  # fmt: skip
         return linear_weights(model)
@@ -171,9 +188,7 @@ def gptqmodel() -> Iterator[tuple[str, Callable[[], Weights]]]:
 
     def made(symmetric: bool) -> Weights:
         model = GPTQModel.load(BASE, QuantizeConfig(bits=4, group_size=64, sym=symmetric), device="cpu")
-        model.quantize(
-            [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in texts(CALIBRATION)], batch_size=1
-        )
+        model.quantize([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in calibration()], batch_size=1)
         with tempfile.TemporaryDirectory() as folder:
             model.save(folder)
             stored = {k: v for file in Path(folder).glob("*.safetensors") for k, v in load_file(file).items()}
@@ -202,7 +217,7 @@ def main() -> None:
         start = time.monotonic()
         weights = make()
         seconds = time.monotonic() - start
-        print(f"{package} | {name} | {perplexity(weights):.1f} | {seconds:.0f} s", flush=True)
+        print(f"{package} | {name} | {perplexity(with_weights(weights)):.1f} | {seconds:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,32 +4,37 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from calora.common.artifacts import fingerprint, whole_directory, write_json, write_tensors
+from calora.errors import CaloraError
 from calora.formats import quantization_config, stored_as
+from calora.layers.experts import ExpertLinear, Experts
+from calora.layers.layout import prepared, store
+from calora.layers.nf4 import Nf4Linear
+from calora.layers.packed import PackedEmbedding, PackedLinear
+from calora.layers.report import Report
+from calora.models.anatomy import sizes
 
 REPORT = "compression.json"
 WEIGHTS, KEPT = "model.safetensors", "kept.safetensors"
-VERSION = 2  # of compression.json and of the layers that it describes
-SIZES = (
-    "d_ff", "intermediate_size", "num_layers", "num_decoder_layers", "num_hidden_layers", "head_dim",
-    "num_key_value_heads", "num_attention_heads", "layer_types",
-)  # fmt: skip
+VERSION = 3  # of compression.json and of the layers that it describes
 CARRIED = ("generation_config.json", "*token*", "*.model", "vocab*", "merges*", "chat_template*")
 
 
-def save(model: PreTrainedModel, report: Mapping[str, Any], directory: Path, base: Path) -> None:
+def save(model: PreTrainedModel, report: Report, directory: Path, base: Path) -> None:
     """Write a compressed model: packed weights, compression.json, configuration and the base's tokenizer.
 
     Tensors that are shared in memory (tied embeddings) are stored once. What remains of the original's outputs and
     inputs, where some were cut or moved, goes to kept.safetensors.
+
+    Raises:
+        CaloraError: the report is not that of the model, or the model was prepared to compute.
     """
+    check_stored_form(model, report)
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     names: dict[int, str] = {}
@@ -39,9 +44,9 @@ def save(model: PreTrainedModel, report: Mapping[str, Any], directory: Path, bas
             tensors[name] = tensor
         else:
             tied[name] = first
-    told = {**report, "tied": tied}
-    kept = told.pop("kept")
-    format = quantization_config(told, theirs=not model._keep_in_fp32_modules)
+    told = {**report.to_json(), "tied": tied}
+    theirs = not model._keep_in_fp32_modules and covers(model, report)
+    format = quantization_config(told, theirs)
     tensors = stored_as(format, tensors, tied)
     config = json.loads((base / "config.json").read_text(encoding="utf-8")) | sizes(model)
     with whole_directory(directory) as scratch:
@@ -50,8 +55,8 @@ def save(model: PreTrainedModel, report: Mapping[str, Any], directory: Path, bas
                 shutil.copyfile(file, scratch / file.name)
         write_json(scratch / "config.json", config | ({"quantization_config": format} if format else {}))
         write_tensors(scratch / WEIGHTS, tensors)
-        if kept:
-            write_tensors(scratch / KEPT, kept)
+        if report.kept:
+            write_tensors(scratch / KEPT, report.kept)
         stored = sum(file.stat().st_size for file in scratch.iterdir())
         total = {
             "version": VERSION,
@@ -63,7 +68,18 @@ def save(model: PreTrainedModel, report: Mapping[str, Any], directory: Path, bas
         write_json(scratch / REPORT, {**total, **told})
 
 
-def sizes(model: PreTrainedModel) -> dict[str, Any]:
-    """The entries of config.json that a smaller model of the same kind needs."""
-    config = model.config.to_dict()
-    return {name: config[name] for name in SIZES if name in config}
+def check_stored_form(model: PreTrainedModel, report: Report) -> None:
+    """Raise unless each packed layer is as the report describes it: one that was prepared to compute has another form."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, PackedLinear | PackedEmbedding | Nf4Linear | ExpertLinear | Experts):
+            entry = report.layers.get(name, {})
+            if prepared(layer) or any(entry.get(key) != value for key, value in store(layer)[0].items()):
+                fix = "save what `compress` returned; copy the folder of a model that was loaded"
+                raise CaloraError(f"save, {name}", "the form that its report describes", "another one", fix)
+
+
+def covers(model: PreTrainedModel, report: Report) -> bool:
+    """Whether every linear layer but the head was compressed: the formats of the ecosystem take all of them for it."""
+    head = model.get_output_embeddings()
+    layers = {name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer is not head}
+    return layers <= report.layers.keys()

@@ -7,37 +7,57 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from pathlib import Path
 
 import torch
 
+import calora
 from calora.common.artifacts import bytes_on_disk, fingerprint, write_json
 from calora.compression import check_recipe, compress, fingerprint_of
 from calora.compression.walk import Calibration
-from calora.models.loading import load_model, load_tokenizer
+from calora.errors import CaloraError
+from calora.models.loading import compute_dtype, load_model, load_tokenizer
 from calora.saving import save
 from stages.common import BASE, CHECKPOINTS, compressed, results, run
 from stages.config import Params
 from stages.splits import read_calibration
 
+CODE = ("compression", "layers", "models")  # rooms of calora that decide what a finished block is
+
 
 def main(params: Params, recipe: str) -> None:
     """One compressed base, which serves every task; a killed run goes on after the last finished block."""
-    steps = params.compressions[recipe]
+    try:
+        _compress(params.compressions[recipe], recipe)
+    except CaloraError as error:
+        error.args = (f"compress.{recipe} in params.yaml: {error}",)
+        raise
+
+
+def _compress(steps: list[dict[str, dict[str, object]]], recipe: str) -> None:
     check_recipe(steps)
     examples = read_calibration(load_tokenizer(BASE))
-    key = hashlib.sha256(repr((steps, fingerprint(BASE), fingerprint_of(examples))).encode()).hexdigest()
+    parts = (steps, fingerprint(BASE), fingerprint_of(examples), code_digest(), compute_dtype())
     unfinished = CHECKPOINTS / compressed(recipe)
+    key = hashlib.sha256(repr(parts).encode()).hexdigest()
     model = load_model(BASE, torch.bfloat16)
-    report = compress(model, steps, Calibration(examples, unfinished / key))
-    seconds = report.pop("seconds")
+    report = compress(model, steps, Calibration(examples, unfinished / key), compute_dtype())
     save(model, report, compressed(recipe), BASE)
-    write_json(results("compress", f"{recipe}.json"), {"seconds": seconds})
+    write_json(results("compress", f"{recipe}.json"), {"seconds": report.seconds})
     shutil.rmtree(unfinished, ignore_errors=True)
     before, after = bytes_on_disk(BASE), bytes_on_disk(compressed(recipe))
     print(f"{recipe}: {before / 1e6:.1f} MB -> {after / 1e6:.1f} MB ({after / before:.3f})")
-    for step, errors in report["blocks"].items():
-        worst = max(errors.values(), default=0.0)
-        print(f"{step}: {seconds[step]:.0f} s, relative error of a block's output at most {worst:.3f}")
+    print(", ".join(f"{what} {seconds:.0f} s" for what, seconds in report.seconds.items()))
+    print(f"relative error of a block's output at most {max(report.blocks.values()):.3f}")
+
+
+def code_digest() -> str:
+    """SHA-256 of the code that makes a block: a killed compression never goes on under another."""
+    digest = hashlib.sha256()
+    for room in CODE:
+        for file in sorted((Path(calora.__file__).parent / room).glob("*.py")):
+            digest.update(f"{room}/{file.name}\0".encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 if __name__ == "__main__":

@@ -2,10 +2,13 @@
 
 import copy
 import functools
+import threading
+import types
 
 import bitsandbytes as bnb
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PhiConfig, PhiForCausalLM
 
@@ -19,7 +22,7 @@ from calora.compression.gptq import gptq
 from calora.compression.prune import keep_highest, keep_n_of_m
 from calora.compression.sparsegpt import sparsegpt
 from calora.compression.surgeon import inverse_factor
-from calora.compression.walk import Calibration
+from calora.compression.walk import Calibration, Change, each_block
 from calora.errors import CaloraError
 from calora.inheritance.inherit import random_bypasses
 from calora.layers.codes import (
@@ -33,11 +36,14 @@ from calora.layers.codes import (
     unpack_words,
 )
 from calora.layers.experts import ExpertLinear
-from calora.layers.layout import dense_weight, prepare
+from calora.layers.layout import dense_layer, dense_weight, prepare
 from calora.layers.nf4 import Nf4Linear
+from calora.layers.onetoken import without_onednn
 from calora.layers.packed import PackedLinear, Packing
-from calora.models.anatomy import linear_layers
+from calora.models.anatomy import feed_forward, linear_layers
 from calora.models.loading import load_model
+from calora.models.moments import input_second_moments
+from calora.models.tasks import Example
 from calora.recovery.bypass import RecoveryBypass, activate, attach
 from calora.saving import save
 from tests.conftest import make_model
@@ -45,6 +51,7 @@ from tests.conftest import make_model
 PRUNE, INT8 = {"prune": {"score": "wanda", "pattern": "2:4"}}, {"quantize": {"format": "int8", "embeddings": "int8"}}
 INT4 = {"quantize": {"format": "int4", "group": 32, "rounding": "gptq", "embeddings": "int8"}}
 EXPERTS = {"experts": 8, "shared": 1, "active": 0.5, "clustering": "coactivation", "router": "learned"}
+NARROW = {"shrink": {"importance": "activation", "compensate": True, "neurons": 0.5}}
 RECIPES = {
     "q8": [INT8],
     "q8_outliers": [{"quantize": {"format": "int8", "outliers": 1.5}}],
@@ -317,7 +324,8 @@ def test_recipe_round_trip(tmp_path, calibration, kind, name):
     stored = read_json(out / "compression.json", "")
     assert stored["bytes_without_this_report"] == bytes_on_disk(out) - (out / "compression.json").stat().st_size
     assert sum(e["bytes_after"] for e in stored["layers"].values()) >= 0
-    assert set(stored["blocks"]) == {next(iter(step)) for step in RECIPES[name]}
+    assert set(stored["blocks"]) == set(report.blocks) and not {"kept", "seconds"} & set(stored)
+    assert stored["versions"]["torch"] == torch.__version__
     assert not list(tmp_path.glob(".*partial"))
 
 
@@ -339,9 +347,10 @@ def test_a_later_block_is_calibrated_on_what_the_earlier_ones_became(tmp_path, c
             layer.weight.data = block.layers[name].weight.data / 2
         return Change(dict(halved))
 
-    each_block(model, calibration, "halve", change)
+    each_block(model, [("halve", change)], calibration, torch.bfloat16)
     sums = {}
-    each_block(model, calibration, "look", lambda block: sums.update({block.name: block.moments()}) or Change())
+    look = ("look", lambda block: sums.update({block.name: block.moments()}) or Change())
+    each_block(model, [look], calibration, torch.bfloat16)
     first, last = "model.layers.0", "model.layers.1"
     name = f"{last}.self_attn.q_proj"
     torch.testing.assert_close(seen[last][name], sums[last][name])
@@ -355,25 +364,25 @@ def test_a_killed_compression_goes_on_after_its_last_finished_block(tmp_path, to
     base = wide(tmp_path)
     whole, broken = load_model(base, torch.bfloat16), load_model(base, torch.bfloat16)
     expected = compress(whole, RECIPES[name], Calibration(toy[2], tmp_path / "a"))
-    turn, original = iter(range(100)), walk._change
+    original = walk._compress
 
-    def dies(*args):
-        if next(turn) == 2 * len(RECIPES[name]) - 1:  # in the last step, after its first block
+    def dies(block, parts):
+        if block.name == "model.layers.1":
             raise KeyboardInterrupt
-        return original(*args)
+        return original(block, parts)
 
-    monkeypatch.setattr(walk, "_change", dies)
+    monkeypatch.setattr(walk, "_compress", dies)
     with pytest.raises(KeyboardInterrupt):
         compress(broken, RECIPES[name], Calibration(toy[2], tmp_path / "b"))
     worked = []
-    monkeypatch.setattr(walk, "_change", lambda *args: worked.append(args[1].name) or original(*args))
+    monkeypatch.setattr(walk, "_compress", lambda *args: worked.append(args[0].name) or original(*args))
     resumed = load_model(base, torch.bfloat16)
     report = compress(resumed, RECIPES[name], Calibration(toy[2], tmp_path / "b"))
     assert worked == ["model.layers.1"]
     for key, value in whole.state_dict().items():
         # Bytes: nf4 codes that are stored as bf16 hold NaN, which equals nothing.
         assert torch.equal(resumed.state_dict()[key].view(torch.uint8), value.view(torch.uint8)), key
-    assert report["layers"] == expected["layers"] and report["blocks"] == expected["blocks"]
+    assert report.layers == expected.layers and report.blocks == expected.blocks
 
 
 BAD = [
@@ -395,6 +404,13 @@ BAD = [
     ([{"shrink": {"importance": "activation", "compensate": True}}], "neurons, heads or layers"),
     ([{"shrink": {"importance": "activation", "compensate": True, "heads": 0.9}}], "at least one of 2"),
     ([{"shrink": {"importance": "activation", "compensate": True, "layers": 0.9}}], "at least one of 2"),
+    (
+        [{"shrink": {"importance": "activation", "compensate": True, "layers": 0.01}}],
+        "a share that cuts some of 2 layers",
+    ),
+    ([{"shrink": {"importance": "activation", "compensate": True, "neurons": 0.001}}], "cuts some of 64 neurons"),
+    ([NARROW, NARROW], "no shrink after shrink"),
+    ([NARROW, {"moefy": {**EXPERTS, "experts": 64}}], "at most 32"),
     ([{"moefy": {**EXPERTS, "experts": 128}}], "at most 64"),
     ([{"moefy": {**EXPERTS, "experts": 7}}], "a divisor of 64"),
     ([{"moefy": {**EXPERTS, "active": 0.1}}], "fewer than"),
@@ -440,7 +456,7 @@ def test_truncated_edited_and_pickled_weights_are_refused(tmp_path, llama, toy):
     save(model, compress(model, [INT8], Calibration(toy[2])), out, llama)
     report = read_json(out / "compression.json", "")
     write_json(out / "compression.json", {**report, "version": 1})
-    with pytest.raises(CaloraError, match="expected version 2, found version 1"):
+    with pytest.raises(CaloraError, match="expected version 3, found version 1"):
         calora.load(out)
     write_json(out / "compression.json", report)
     weights = out / "model.safetensors"
@@ -539,3 +555,225 @@ def test_a_feed_forward_of_two_layers_with_biases_is_split_alike(calibration):
         out = few(ids[:, place : place + 1], past_key_values=cache, use_cache=True)
         cache = out.past_key_values
     torch.testing.assert_close(out.logits[:, -1], many[:, -1], rtol=1e-4, atol=1e-5)
+
+
+def small(kind, **sizes):
+    """A tiny random model of transformers, with texts of unlike lengths."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=24, pad_token_id=0, eos_token_id=1, bos_token_id=2, **sizes
+    )
+    head = "ForConditionalGeneration" if config.is_encoder_decoder else "ForCausalLM"
+    model = getattr(transformers, f"{kind}{head}")(config)
+    return model.eval().requires_grad_(False), [Example(list(range(3, 3 + length))) for length in (5, 9, 7)]
+
+
+def block_moments(model, examples):
+    """Layer -> X^T X, of every block at its turn."""
+    seen = {}
+    look = ("look", lambda block: seen.update(block.moments()) or Change())
+    each_block(model, [look], Calibration(examples), model.dtype)
+    return seen
+
+
+def test_padding_is_no_input_where_a_block_flattens_its_tokens():
+    """OPT's feed-forward reads [B T, H]."""
+    opt, examples = small(
+        "OPT", hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=1, num_attention_heads=4
+    )
+    together, alone = block_moments(opt, examples), [block_moments(opt, [example]) for example in examples]
+    for name, moment in together.items():
+        torch.testing.assert_close(moment, sum(each[name] for each in alone), rtol=1e-4, atol=1e-4)
+
+
+def test_an_encoder_decoder_is_calibrated_on_more_than_its_start_token():
+    t5, examples = small("T5", d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    layers = {name: layer for name, layer in linear_layers(t5).items() if name.startswith("decoder.")}
+    for moments in (block_moments(t5, examples), dict(input_second_moments(t5, examples, layers))):
+        assert int(torch.linalg.matrix_rank(moments["decoder.block.0.layer.0.SelfAttention.q"])) > 3
+
+
+def test_a_step_sees_what_the_one_before_it_made_of_the_block(tmp_path, toy):
+    """Inputs are measured anew between two steps of a block, those that no step has changed are the same."""
+    seen = []
+
+    def look(block):
+        seen.append(block.moments())
+        return Change()
+
+    def halve(block):
+        name = f"{block.name}.self_attn.v_proj"
+        return Change({name: dense_layer(block.layers[name].weight / 2, None)})
+
+    model = load_model(wide(tmp_path), torch.float32)
+    each_block(model, [("look", look), ("halve", halve), ("look", look)], Calibration(toy[2]), torch.float32)
+    before, after = seen[:2]
+    name = "model.layers.0.self_attn"
+    torch.testing.assert_close(after[f"{name}.q_proj"], before[f"{name}.q_proj"])
+    torch.testing.assert_close(after[f"{name}.o_proj"], before[f"{name}.o_proj"] / 4)
+
+
+def test_a_block_error_is_that_of_all_its_steps(tmp_path, toy):
+    model, whole = (load_model(wide(tmp_path), torch.float32) for _ in range(2))
+    report = compress(model, [*RECIPES["q8_up"][:1], {"quantize": {"format": "int8"}}], Calibration(toy[2][:1]))
+    name = "model.layers.0"
+    ids = {"input_ids": torch.tensor([toy[2][0].prompt_ids]), "output_hidden_states": True}
+    had, has = (each(**ids).hidden_states[1] for each in (whole, model))
+    assert report.blocks[name] == pytest.approx(float((had - has).norm() / had.norm()), rel=1e-3)
+    assert set(report.layers[f"{name}.mlp.up_proj"]["steps"]) == {"prune", "quantize"}
+    assert set(report.seconds) == {"prune", "quantize", "walk", "all"}
+
+
+@pytest.mark.parametrize("name", ["q4_up", "q8_up_m", "sp", "nf4", "m"])
+def test_what_is_stored_keeps_the_dtype_of_the_base_whatever_computes(tmp_path, calibration, name):
+    base, out = wide(tmp_path), tmp_path / "out"
+    model, reference = (load_model(base, torch.bfloat16) for _ in range(2))
+    report = compress(model, RECIPES[name], calibration, compute=torch.float32)
+    compress(reference, RECIPES[name], calibration, compute=torch.bfloat16)
+    kinds = {key: (value.dtype, value.shape) for key, value in reference.state_dict().items()}
+    assert {key: (value.dtype, value.shape) for key, value in model.state_dict().items()} == kinds
+    assert {entry["dtype"] for entry in report.layers.values() if "dtype" in entry} == {"bfloat16"}
+    save(model, report, out, base)
+    again = load(out, dense=True)
+    ids = torch.tensor([[3, 5, 9, 12]])
+    torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=3e-2, atol=3e-2)  # bf16 rounds at 2^-8
+
+
+def test_a_dtype_that_would_change_untouched_weights_is_refused(llama32, toy):
+    with pytest.raises(CaloraError, match="a dtype that holds every value"):
+        compress(load_model(llama32, torch.float32), [INT8], Calibration(toy[2]), torch.bfloat16)
+
+
+def test_a_second_compression_continues_the_first(tmp_path, calibration):
+    """Two recipes one after another make one report, and are held to the order of steps."""
+    base, out = wide(tmp_path), tmp_path / "out"
+    model = load_model(base, torch.bfloat16)
+    first = compress(model, [NARROW], calibration)
+    with pytest.raises(CaloraError, match="no shrink after shrink"):
+        compress(model, [NARROW], calibration)
+    both = compress(model, [{"moefy": EXPERTS}, INT8], calibration)
+    name = "model.layers.0.mlp.up_proj"
+    assert list(both.layers[name]["steps"]) == ["shrink", "moefy", "quantize"]
+    assert [next(iter(step)) for step in both.recipe] == ["shrink", "moefy", "quantize"]
+    original = load_model(base, torch.bfloat16).get_submodule(name).weight[both.kept[f"{name}.rows"].long()]
+    torch.testing.assert_close(dense_weight(model.get_submodule(name), torch.bfloat16), original, rtol=0, atol=2e-3)
+    with pytest.raises(CaloraError, match="the form that its report describes"):
+        save(model, first, out, base)
+    save(model, both, out, base)
+    assert set(load(out).calora_origin.kept) == set(both.kept)
+
+
+def test_a_prepared_model_is_not_saved(tmp_path, calibration):
+    for name in ("q8_up", "q4", "m", "nf4_alone"):
+        base = wide(tmp_path)
+        model = load_model(base, torch.bfloat16)
+        report = compress(model, RECIPES[name], calibration)
+        prepare(model)
+        with pytest.raises(CaloraError, match="the form that its report describes"):
+            save(model, report, tmp_path / "out", base)
+        assert not (tmp_path / "out").exists()
+
+
+def test_sparsegpt_cuts_the_same_share_of_every_layer(tmp_path, calibration):
+    model = load_model(wide(tmp_path), torch.float32)
+    for block in model.model.layers:
+        block.self_attn.v_proj.weight.data *= 0.1
+    step = {"prune": {"score": "sparsegpt", "pattern": "unstructured", "sparsity": 0.5}}
+    report = compress(model, [step], calibration)
+    assert {entry["steps"]["prune"]["kept"] for entry in report.layers.values()} == {0.5}
+
+
+@pytest.mark.parametrize("threshold", [None, 0.0, 1e9])
+def test_no_choice_of_experts_holds_more_energy_than_there_is(tmp_path, calibration, threshold):
+    model = load_model(wide(tmp_path), torch.float32)
+    report = compress(model, [{"moefy": {**EXPERTS, "active": 0.9, "threshold": threshold}}], calibration)
+    for entry in report.layers.values():
+        if entry["kind"] == "experts":
+            notes = entry["steps"]["moefy"]
+            assert notes["energy"] <= notes["energy_of_the_best"] <= 1
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_an_int4_layer_leaves_the_layout_of_a_cpu_behind(symmetric):
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 16, dtype=torch.bfloat16)
+    grid = fit_grid(layer.weight.detach(), 4, 32, symmetric, torch.bfloat16)
+    packed = PackedLinear.pack(layer, Packing("int4", group=32, symmetric=symmetric), grid=grid)
+    stored = packed.tensors()
+    packed.prepare(packed.room())
+    assert packed.kernel and not packed.float().bfloat16().tensors().keys() & {"weight_packed"}
+    moved = copy.deepcopy(packed).to("meta")
+    assert not moved.kernel and {t.device.type for t in moved.tensors().values()} == {"meta"}
+    packed.unprepare()
+    assert packed.tensors().keys() == stored.keys()
+    assert all(torch.equal(value, stored[name]) for name, value in packed.tensors().items())
+
+
+def test_a_pattern_is_packed_on_its_device():
+    assert pack_mask(torch.ones(4, 9, dtype=torch.bool, device="meta")).device.type == "meta"
+
+
+def test_two_threads_leave_onednn_as_it_was():
+    inside, leave = threading.Event(), threading.Event()
+
+    def first():
+        with without_onednn():
+            inside.set()
+            leave.wait()
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    inside.wait()
+    with without_onednn():
+        leave.set()
+        thread.join()
+        assert not torch.backends.mkldnn.enabled
+    assert torch.backends.mkldnn.enabled
+
+
+def test_a_moment_in_double_precision_is_not_changed():
+    moment = torch.eye(4, dtype=torch.float64)
+    inverse_factor(moment)
+    assert torch.equal(moment, torch.eye(4, dtype=torch.float64))
+
+
+def test_a_shared_expert_is_no_feed_forward_and_its_gate_no_layer():
+    moe, _ = small(
+        "Qwen2Moe", hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, num_experts=4,
+        num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=32,
+    )  # fmt: skip
+    assert not [name for name in linear_layers(moe) if name.endswith("shared_expert_gate")]
+    with pytest.raises(CaloraError, match="found experts"):
+        feed_forward("model.layers.0", moe.model.layers[0])
+
+
+def test_t5_keeps_the_layer_that_holds_the_position_bias(tmp_path, toy):
+    model = load_model(wide(tmp_path, "t5"), torch.float32)
+    for stack in (model.encoder, model.decoder):
+        for part in stack.block[0].modules():
+            if isinstance(part, nn.Linear):
+                part.weight.data.zero_()  # the least important layer
+    compress(model, [{"shrink": {"importance": "activation", "compensate": False, "layers": 0.5}}], Calibration(toy[2]))
+    assert model.calora_report.layers_kept == {"encoder.block": [0], "decoder.block": [0]}
+
+
+def test_other_code_does_not_go_on_from_a_checkpoint(tmp_path, monkeypatch):
+    from stages import compress as stage
+
+    monkeypatch.setattr(stage.calora, "__file__", str(tmp_path / "__init__.py"))
+    (tmp_path / "layers").mkdir()
+    digests = set()
+    for text in ("a = 1", "a = 2"):
+        (tmp_path / "layers" / "codes.py").write_text(text)
+        digests.add(stage.code_digest())
+    assert len(digests) == 2
+
+
+def test_the_stage_names_the_key_of_a_mistake():
+    from stages import compress as stage
+
+    params = types.SimpleNamespace(compressions={"odd": [{"quantize": {"format": "int3"}}]})
+    with pytest.raises(
+        CaloraError, match=r"^compress\.odd in params\.yaml: quantize\.format: .* Fix: change the recipe$"
+    ):
+        stage.main(params, "odd")

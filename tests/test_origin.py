@@ -121,7 +121,7 @@ def test_the_warm_start_of_a_cut_layer_is_zero_where_nothing_was_lost(tmp_path, 
         model, [{"shrink": {"importance": "activation", "compensate": True, "neurons": 0.5}}], Calibration(toy[2])
     )
     teacher = teacher_of(load_model(base, torch.float32), ["q_proj"])
-    origin = Origin(report["kept"], report["layers_kept"])
+    origin = Origin(report.kept, report.layers_kept)
     bypass = Bypass(["down_proj", "up_proj"], 4, "gelu", "weighted_error")
     adapter, told = inherit(model, teacher, bypass=bypass, reference=whole, calibration=toy[2], origin=origin)
     assert set(map(tuple, told.errors.values())) == {(0.0, 0.0)}  # so nothing that the start could remove

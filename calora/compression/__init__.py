@@ -7,16 +7,22 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from calora.compression import moefy, prune, quantize, shrink
-from calora.compression.options import FIX
-from calora.compression.walk import Calibration, check_finite
+from calora.compression.options import FIX, Plan, parse
+from calora.compression.precision import computing_in
+from calora.compression.walk import Calibration, Change, Part, Walked, check_finite, each_block
 from calora.errors import CaloraError
 from calora.layers.layout import store
+from calora.layers.report import Report
+from calora.models.anatomy import check_known
+from calora.models.loading import compute_dtype
 from calora.models.tasks import Example
 
 Recipe = Sequence[Mapping[str, Mapping[str, Any]]]
@@ -24,84 +30,167 @@ Recipe = Sequence[Mapping[str, Mapping[str, Any]]]
 
 @dataclass(frozen=True)
 class Step:
-    """A step of a recipe: `check(model, options)` raises before any work; `apply(model, options, calibration)` reports.
+    """A step of a recipe.
 
     Args:
+        options: a dataclass that checks itself.
+        check: (model, options) -> the empty model of the new sizes, if they change; raises before any work starts.
+        changes: what it does to a block, one after another: (block, options, plan) -> change.
         after: the steps that it may not follow with these options, and why.
+        plan: (model, options, examples) -> what it has to find out of the whole model before any block is changed.
+        finish: (model, options, plan) -> the modules that it changed after all blocks.
     """
 
-    check: Callable[[PreTrainedModel, dict[str, Any]], None]
-    apply: Callable[[PreTrainedModel, dict[str, Any], Calibration], dict[str, Any]]
-    after: Callable[[Mapping[str, Any]], Mapping[str, str]]
+    options: type[Any]
+    check: Callable[[PreTrainedModel, Any], PreTrainedModel | None]
+    changes: tuple[Callable[..., Change], ...]
+    after: Callable[[Any], Mapping[str, str]]
+    plan: Callable[[PreTrainedModel, Any, Sequence[Example]], Plan] = lambda *_: Plan()
+    finish: Callable[[PreTrainedModel, Any, Plan], list[str]] = lambda *_: []
 
 
 CODES = {"quantize": "codes of quantised weights cannot be changed"}
 NO_PATTERN = {"prune": "bitsandbytes stores no pattern; use int8 or int4"}
 STEPS: dict[str, Step] = {
-    "shrink": Step(shrink.check, shrink.shrink, lambda _: CODES | {
-        "moefy": "experts would lose their equal sizes", "prune": "cutting inputs would break the groups of a pattern",
-    }),
-    "moefy": Step(moefy.check, moefy.moefy, lambda _: CODES | {
+    "shrink": Step(
+        shrink.Options, shrink.check, (shrink.cut_heads, shrink.cut_neurons), lambda _: CODES | {
+            "shrink": "one step cuts layers, heads and neurons together",
+            "moefy": "experts would lose their equal sizes", "prune": "cutting inputs would break the groups of a pattern",
+        }, shrink.plan, shrink.finish,
+    ),
+    "moefy": Step(moefy.Options, moefy.check, (moefy.change,), lambda _: CODES | {
         "moefy": "its feed-forwards are experts already", "prune": "reordering neurons would break the groups of a pattern",
     }),
-    "prune": Step(prune.check, prune.prune, lambda _: CODES | {"prune": "the second pattern would undo the first"}),
-    "quantize": Step(quantize.check, quantize.quantize, lambda options: CODES | (
-        NO_PATTERN if options.get("format") == "nf4" else {}
-    )),
+    "prune": Step(
+        prune.Options, prune.check, (prune.change,),
+        lambda _: CODES | {"prune": "the second pattern would undo the first"}, prune.plan,
+    ),
+    "quantize": Step(
+        quantize.Options, quantize.check, (quantize.change,),
+        lambda options: CODES | (NO_PATTERN if options.format == "nf4" else {}), finish=quantize.finish,
+    ),
 }  # fmt: skip
 
 
-def compress(model: PreTrainedModel, recipe: Recipe, calibration: Calibration) -> dict[str, Any]:
-    """Compress `model` in place, step by step, and report what became of every tensor.
+def compress(
+    model: PreTrainedModel, recipe: Recipe, calibration: Calibration, compute: torch.dtype | None = None
+) -> Report:
+    """Compress `model` in place, block by block, and report what became of every tensor.
+
+    A block gets all steps before the next one is looked at, with inputs from blocks that are compressed in full. A model
+    that was compressed before goes on from there, and its report covers both.
 
     Args:
-        model: an uncompressed model as `calora.models.families.load_model` gives it.
+        model: as `calora.models.loading.load_model` gives it, in the dtype in which it will be stored.
         recipe: such as `[{"prune": {"score": "wanda", "pattern": "2:4"}}, {"quantize": {"format": "int8"}}]`.
-        calibration: texts that the steps look at, each block's inputs from the blocks that are compressed already.
-
-    Returns:
-        The report: `recipe`, `calibration`, `layers` (name -> how it is stored, bytes before and after, what each step
-        says of it), `blocks` (step -> block -> relative error of its output), `seconds` (step -> time), `untouched`
-        (name -> bytes of each tensor that was left as it was), `layers_kept` (stack -> the layers that remain, where
-        some were cut), and `kept` (`<layer>.rows` / `<layer>.columns` -> what remains of the original's outputs and
-        inputs, in their new order; tensors, for `calora.compressed.save`).
+        calibration: texts that the steps look at.
+        compute: the dtype in which blocks compute meanwhile; by default the model's own, or fp32 for a bf16 model where
+            the processor has no kernels for it. What is stored is rounded to the model's own all the same.
 
     Raises:
-        CaloraError: a step is unknown, cannot follow the one before it or cannot be applied (raised before any work
-            starts), or weights or activations hold NaN or Inf.
+        CaloraError: a step is unknown, cannot follow the one before it or cannot be applied, or calora does not know
+            the model's blocks (raised before any work starts); or weights or activations hold NaN or Inf.
     """
-    steps = check_recipe(recipe)
-    for step, options in steps:
-        STEPS[step].check(model, options)
+    earlier: Report | None = getattr(model, "calora_report", None)
+    steps = check_recipe(recipe, earlier.recipe if earlier else ())
+    check_model(model, steps)
     if not calibration.examples:
-        raise CaloraError("calibration", "at least one text", "none", "raise compress.calibration.texts")
+        raise CaloraError("calibration", "at least one text", "none", "give it texts")
     before = {name: tensor.nbytes for name, tensor in model.state_dict().items()}
+    stored = model.dtype
+    with computing_in(model, compute or _fast(stored), stored):
+        plans, spent = _plans(model, steps, calibration.examples)
+        found = each_block(model, _parts(steps, plans), calibration, stored)
+    for what, seconds in spent.items():
+        found.took(what, seconds)
+    for (step, options), plan in zip(steps, plans, strict=True):
+        start = time.monotonic()
+        for name in STEPS[step].finish(model, options, plan):
+            found.layers[name] = {step: {}}
+        found.took(step, time.monotonic() - start)
+    made = _report(model, recipe, calibration.examples, plans, found, before).continues(earlier)
+    model.calora_report = made  # type: ignore[assignment]  # no module: what a second compression continues
+    return made
+
+
+def check_recipe(recipe: Recipe, done: Recipe = ()) -> list[tuple[str, Any]]:
+    """The steps of a recipe as (name, options).
+
+    Args:
+        done: what the model went through before.
+
+    Raises:
+        CaloraError: a step is unknown, an option is wrong, or a step may not follow the others.
+    """
+    steps: list[tuple[str, Any]] = []
+    earlier = [next(iter(item)) for item in done]
+    for item in recipe:
+        if not isinstance(item, Mapping) or len(item) != 1 or next(iter(item)) not in STEPS:
+            raise CaloraError("recipe", f"steps among {', '.join(STEPS)}", item, FIX)
+        step, given = next(iter(item.items()))
+        options = parse(STEPS[step].options, step, given or {})
+        for name, reason in STEPS[step].after(options).items():
+            if name in earlier:
+                raise CaloraError("recipe", f"no {step} after {name}", f"one: {reason}", FIX)
+        steps.append((step, options))
+        earlier.append(step)
+    if not steps:
+        raise CaloraError("recipe", "at least one step", "none", FIX)
+    return steps
+
+
+def check_model(model: PreTrainedModel, steps: Sequence[tuple[str, Any]]) -> None:
+    """Raise `CaloraError` unless all steps can be applied to the model, and its weights are finite.
+
+    Each step is checked against the sizes that the steps before it leave.
+    """
+    if not hasattr(model, "calora_report"):
+        check_known(model)
+    shape = model
+    for step, options in steps:
+        shape = STEPS[step].check(shape, options) or shape
     for name, tensor in model.state_dict().items():
         check_finite(name, tensor)
-    report: dict[str, Any] = {"layers": {}, "blocks": {}, "seconds": {}, "kept": {}, "layers_kept": {}}
-    for number, (step, options) in enumerate(steps):
+
+
+def _fast(stored: torch.dtype) -> torch.dtype:
+    """The dtype to compute in: no other one holds what fp16 and fp32 do."""
+    return compute_dtype() if stored == torch.bfloat16 else stored
+
+
+def _plans(
+    model: PreTrainedModel, steps: Sequence[tuple[str, Any]], examples: Sequence[Example]
+) -> tuple[list[Plan], dict[str, float]]:
+    """What the steps find out of the whole model, and the seconds that each took for it."""
+    plans: list[Plan] = []
+    spent: dict[str, float] = {}
+    for step, options in steps:
         start = time.monotonic()
-        folder = calibration.checkpoint / f"{number}-{step}" if calibration.checkpoint else None
-        done = STEPS[step].apply(model, options, Calibration(calibration.examples, folder))
-        report["seconds"][step] = round(time.monotonic() - start, 1)
-        report["blocks"][step] = done["blocks"]
-        report["layers_kept"] |= done.get("layers_kept", {})
-        for name, note in done["layers"].items():
-            report["layers"].setdefault(name, {})[step] = note
-        for name, indices in done["kept"].items():
-            earlier = report["kept"].get(name)
-            report["kept"][name] = indices if earlier is None else earlier[indices]
-    return _described(model, before, report) | {
-        "recipe": [{step: options} for step, options in steps],
-        "calibration": {"texts": len(calibration.examples), "sha256": fingerprint_of(calibration.examples)},
-    }
+        plans.append(STEPS[step].plan(model, options, examples))
+        spent[step] = time.monotonic() - start
+    return plans, spent
 
 
-def _described(model: nn.Module, before: dict[str, int], report: dict[str, Any]) -> dict[str, Any]:
-    """The report with how each changed layer is stored, and its bytes."""
+def _parts(steps: Sequence[tuple[str, Any]], plans: Sequence[Plan]) -> list[Part]:
+    return [
+        (step, partial(change, options=options, plan=plan))
+        for (step, options), plan in zip(steps, plans, strict=True)
+        for change in STEPS[step].changes
+    ]
+
+
+def _report(
+    model: nn.Module,
+    recipe: Recipe,
+    examples: Sequence[Example],
+    plans: Sequence[Plan],
+    found: Walked,
+    before: Mapping[str, int],
+) -> Report:
+    """The report, with how each changed layer is stored, and its bytes."""
     layers: dict[str, Any] = {}
     owned: set[str] = set()
-    for name, notes in report["layers"].items():
+    for name, notes in found.layers.items():
         entry, tensors = store(model.get_submodule(name))
         owned |= {f"{name}.{key}" for key in tensors}
         sizes = {
@@ -109,26 +198,17 @@ def _described(model: nn.Module, before: dict[str, int], report: dict[str, Any])
             "bytes_after": sum(t.nbytes for t in tensors.values()),
         }
         layers[name] = {**entry, **sizes, "steps": notes}
-    untouched = {name: tensor.nbytes for name, tensor in model.state_dict().items() if name not in owned}
-    return {**report, "layers": layers, "untouched": untouched}
-
-
-def check_recipe(recipe: Recipe) -> list[tuple[str, dict[str, Any]]]:
-    """The steps of a recipe as (name, options); raises `CaloraError` unless each is known and may follow the others."""
-    steps: list[tuple[str, dict[str, Any]]] = []
-    for item in recipe:
-        if not isinstance(item, Mapping) or len(item) != 1 or next(iter(item)) not in STEPS:
-            raise CaloraError("recipe", f"steps among {', '.join(STEPS)}", item, FIX)
-        step, options = next(iter(item.items()))
-        chosen = dict(options or {})
-        reasons = STEPS[step].after(chosen)
-        for earlier, _ in steps:
-            if earlier in reasons:
-                raise CaloraError("recipe", f"no {step} after {earlier}", f"one: {reasons[earlier]}", FIX)
-        steps.append((step, chosen))
-    if not steps:
-        raise CaloraError("recipe", "at least one step", "none", FIX)
-    return steps
+    seconds = {what: round(value, 1) for what, value in found.seconds.items()}
+    return Report(
+        recipe=[{step: dict(options or {})} for item in recipe for step, options in item.items()],
+        calibration={"texts": len(examples), "sha256": fingerprint_of(examples)},
+        layers=layers,
+        blocks=found.blocks,
+        untouched={name: tensor.nbytes for name, tensor in model.state_dict().items() if name not in owned},
+        layers_kept={stack: kept for plan in plans for stack, kept in plan.layers_kept.items()},
+        kept=found.kept,
+        seconds=seconds | {"all": round(sum(found.seconds.values()), 1)},
+    )
 
 
 def fingerprint_of(examples: Sequence[Example]) -> str:

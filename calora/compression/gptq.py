@@ -24,9 +24,9 @@ def gptq(
         fit: weights [out, group] -> their grid.
         group: inputs that share a scale: at most 128 (it divides that), or the whole row.
     """
-    diagonal = moment.diagonal().view(-1, group)
-    places = diagonal.mean(1).argsort(descending=True)
-    order = (places.unsqueeze(1) * group + diagonal[places].argsort(1, descending=True)).flatten()
+    diagonal = moment.diagonal().view(-1, group)  # [groups, group]
+    places = diagonal.mean(1).argsort(descending=True)  # [groups]
+    order = (places.unsqueeze(1) * group + diagonal[places].argsort(1, descending=True)).flatten()  # [in]
     kept = torch.ones_like(weight, dtype=torch.bool) if keep is None else keep[:, order]
     start, grids = weight[:, order], dict[int, Grid]()
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from calora.compression.options import FIX, one_of, parse, share, whole
-from calora.compression.walk import Block, Calibration, Change, each_block
+from calora.compression.options import FIX, Plan, one_of, share, whole
+from calora.compression.walk import Block, Change
 from calora.errors import CaloraError
 from calora.layers.experts import Experts, Routing, activation_of
 from calora.layers.layout import dense_layer, rows_of
@@ -61,79 +61,82 @@ class Options:
             )
 
 
-def check(model: PreTrainedModel, options: dict[str, Any]) -> None:
-    """Raise `CaloraError` if the options are wrong, or the experts do not divide the neurons."""
-    chosen = parse(Options, "moefy", options)
+def check(model: PreTrainedModel, options: Options) -> None:
+    """Raise `CaloraError` if a feed-forward cannot be replaced, or the experts do not divide its neurons."""
     for stack, blocks in stacks(model).items():
         for index, block in enumerate(blocks):
             part = feed_forward(f"{stack}.{index}", block)
-            if isinstance(model.get_submodule(part.name), Experts):
+            dense = model.get_submodule(part.name)
+            if isinstance(dense, Experts):
                 raise CaloraError(f"moefy {part.name}", "a dense feed-forward", "experts", "moefy a model once")
-            neurons = model.get_submodule(part.output).in_features
-            if chosen.experts > int(neurons):  # type: ignore[arg-type]
-                raise CaloraError(
-                    "moefy.experts", f"at most {neurons}, the neurons of {part.name}", chosen.experts, FIX
-                )
-            if int(neurons) % chosen.experts:  # type: ignore[arg-type]
-                raise CaloraError(
-                    "moefy.experts", f"a divisor of {neurons}, the neurons of {part.name}", chosen.experts, FIX
-                )
+            if dense is block:
+                found = f"one whose layers {type(block).__name__} holds itself"
+                raise CaloraError(f"moefy {part.name}", "a feed-forward that is a module", found, "leave `moefy` out")
+            activation_of(dense)
+            layer = model.get_submodule(part.output)
+            assert isinstance(layer, nn.Linear)
+            neurons, of = layer.in_features, f"the neurons of {part.name}"
+            if options.experts > neurons:
+                raise CaloraError("moefy.experts", f"at most {neurons}, {of}", options.experts, FIX)
+            if neurons % options.experts:
+                raise CaloraError("moefy.experts", f"a divisor of {neurons}, {of}", options.experts, FIX)
 
 
-def moefy(model: PreTrainedModel, options: dict[str, Any], calibration: Calibration) -> dict[str, Any]:
-    """Split every feed-forward into experts; its weights stay, in another order."""
-    chosen = parse(Options, "moefy", options)
-    return each_block(model, calibration, "moefy", lambda block: _split(block, chosen))
-
-
-def _split(block: Block, options: Options) -> Change:
+def change(block: Block, options: Options, plan: Plan) -> Change:
+    """Split the feed-forward into experts; its weights stay, in another order."""
     part: FeedForward = feed_forward(block.name, block.module)
-    reader = block.layers[part.output]
+    layers = block.layers
+    reader = layers[part.output]
     neurons, size = reader.in_features, reader.in_features // options.experts
+    # x: [tokens, d], hidden: [tokens, neurons]
     x, hidden = (values.float() for values in block.inputs(part.inputs[0], part.output))
     energy = hidden.square() * reader.weight.detach().float().square().sum(0)  # [tokens, neurons]: of each one's output
     shared = _busiest(energy, options.shared * size)
-    routed = torch.arange(neurons)[~torch.isin(torch.arange(neurons), shared)]
+    places = torch.arange(neurons, device=shared.device)
+    routed = places[~torch.isin(places, shared)]
     if options.clustering == "coactivation":
         features = project(energy[:, routed].sqrt().T)
     else:
-        features = torch.cat([block.layers[name].weight.detach().float()[routed] for name in part.inputs], dim=1)
+        features = torch.cat([layers[name].weight.detach().float()[routed] for name in part.inputs], dim=1)
     count = options.experts - options.shared
-    clusters, centres = balanced_clusters(features, count)
-    order = torch.cat([shared, routed[clusters.flatten()]])
-    target = energy[:, routed[clusters.flatten()]].view(len(x), count, size).sum(-1)
+    clusters, centres = balanced_clusters(features, count)  # [experts, size], [experts, f]
+    order = torch.cat([shared, routed[clusters.flatten()]])  # [neurons]
+    target = energy[:, routed[clusters.flatten()]].view(len(x), count, size).sum(-1)  # [tokens, experts]
     active = round(options.active * options.experts) - options.shared
     if options.router == "learned":
         tensors = learned_router(x, target, active)
     else:
-        places = F.normalize(features, dim=1)[clusters] @ centres.unsqueeze(-1)  # [experts, size, 1]
-        nearest = routed[clusters.gather(1, places.squeeze(-1).argmax(1, keepdim=True)).flatten()]
-        tensors = [block.layers[name].weight.detach()[nearest] for name in part.inputs]
+        near = F.normalize(features, dim=1)[clusters] @ centres.unsqueeze(-1)  # [experts, size, 1]
+        nearest = routed[clusters.gather(1, near.squeeze(-1).argmax(1, keepdim=True)).flatten()]
+        tensors = [layers[name].weight.detach()[nearest] for name in part.inputs]
     made = Change()
     for name in part.inputs:
-        made.modules[name] = rows_of(block.layers[name], order)
+        made.modules[name] = rows_of(layers[name], order)
         made.kept[f"{name}.rows"] = order.int()
     made.modules[part.output] = dense_layer(reader.weight[:, order].clone(), reader.bias)
     made.kept[f"{part.output}.columns"] = order.int()
     names = tuple(name.rsplit(".", 1)[-1] for name in (*part.inputs, part.output))
     routing = Routing(names[:-1], names[-1], count, options.shared, size, active, options.threshold, options.router)
-    stored = {f"router.{i}": tensor.to(reader.weight.dtype) for i, tensor in enumerate(tensors)}
+    stored = {f"router.{i}": tensor.to(block.dtype) for i, tensor in enumerate(tensors)}
     dense = block.module.get_submodule(part.name.removeprefix(f"{block.name}."))
     experts = Experts.wrap(dense, vars(routing), stored)
     made.modules = {part.name: experts, **made.modules}  # the layers go into the new feed-forward
-    made.notes[part.name] = _told(experts, x, target, energy[:, shared].sum(-1)) | {
+    made.notes[part.name] = _held(experts, x, target, energy[:, shared].sum(-1)) | {
         "activation": type(activation_of(dense)).__name__
     }
     return made
 
 
-def _told(experts: Experts, x: Tensor, target: Tensor, shared: Tensor) -> dict[str, Any]:
+def _held(experts: Experts, x: Tensor, target: Tensor, shared: Tensor) -> dict[str, Any]:
     """Share of the neurons' output energy that the chosen experts hold, by the router and by the best choice."""
     with torch.no_grad():
-        chosen = experts.choose(x)
+        chosen = experts.choose(x)  # [tokens, active]
     whole = (target.sum(-1) + shared).clamp_min(1e-30)
     best = target.topk(experts.routing.active, dim=-1).values.sum(-1)
-    found = target.gather(-1, chosen).sum(-1)
+    used = torch.zeros_like(target).scatter_(
+        -1, chosen, 1.0
+    )  # each once: places that a threshold leaves empty repeat one
+    found = (target * used).sum(-1)
     return {
         "energy": round(float(((found + shared) / whole).mean()), 4),
         "energy_of_the_best": round(float(((best + shared) / whole).mean()), 4),
@@ -176,16 +179,16 @@ def balanced_clusters(features: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 def _assign(similarity: Tensor) -> Tensor:
     """Members [k, n / k]: each proposes to the nearest cluster that has not refused it; a full one keeps its nearest."""
-    n, count = similarity.shape
+    n, count = similarity.shape  # [n, clusters]
     size = n // count
     wish = similarity.clone()
     while True:
-        chosen = wish.argmax(1)
-        crowd = torch.bincount(chosen, minlength=count)
+        chosen = wish.argmax(1)  # [n]
+        crowd = torch.bincount(chosen, minlength=count)  # [clusters]
         if int(crowd.max()) <= size:
             break
         for cluster in (crowd > size).nonzero().flatten().tolist():
-            own = (chosen == cluster).nonzero().flatten()
+            own = (chosen == cluster).nonzero().flatten()  # [members], more than fit
             refused = own[similarity[own, cluster].argsort(descending=True)[size:]]
             wish[refused, cluster] = -torch.inf
     return chosen.argsort(stable=True).view(count, size)

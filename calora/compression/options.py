@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, TypeVar
 
 from calora.errors import CaloraError
 
 T = TypeVar("T")
-FIX = "mend compress.<recipe> in params.yaml"
+FIX = "change the recipe"
 
 
 def parse(kind: type[T], step: str, given: Mapping[str, Any]) -> T:
@@ -17,7 +17,7 @@ def parse(kind: type[T], step: str, given: Mapping[str, Any]) -> T:
 
     An option with a default is one that is off unless a recipe names it.
     """
-    known = {field.name: field.default for field in fields(kind)}  # type: ignore[arg-type]
+    known = {option.name: option.default for option in fields(kind)}  # type: ignore[arg-type]
     unknown = sorted(set(given) - set(known))
     if unknown:
         raise CaloraError(step, f"options among {', '.join(known)}", unknown[0], FIX)
@@ -44,3 +44,18 @@ def whole(where: str, value: object, least: int) -> None:
     """Raise unless `value` is a whole number of at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise CaloraError(where, f"a whole number of at least {least}", repr(value), FIX)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a step finds out of the whole model before any block is changed.
+
+    Args:
+        values: layer or block -> the step's own.
+        layers_kept: stack -> the layers that remain, where the step cut some.
+        sizes: entries that the configuration of the result needs.
+    """
+
+    values: Mapping[str, Any] = field(default_factory=dict)
+    layers_kept: Mapping[str, list[int]] = field(default_factory=dict)
+    sizes: Mapping[str, Any] = field(default_factory=dict)

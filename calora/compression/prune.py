@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from calora.compression.options import FIX, one_of, parse, share
+from calora.compression.options import FIX, Plan, one_of, share
 from calora.compression.sparsegpt import Choose, sparsegpt
 from calora.compression.surgeon import COLUMNS
-from calora.compression.walk import Block, Calibration, Change, each_block
+from calora.compression.walk import Block, Change
 from calora.errors import CaloraError
 from calora.layers.packed import PackedLinear, Packing
 from calora.models.anatomy import linear_layers, stacks
@@ -54,51 +53,52 @@ class Options:
             raise CaloraError("prune.sparsity", f"none: {self.pattern} says it", self.sparsity, FIX)
 
 
-def check(model: PreTrainedModel, options: dict[str, Any]) -> None:
-    """Raise `CaloraError` if the options are wrong or a width does not hold whole groups."""
-    chosen = parse(Options, "prune", options)
-    if chosen.pattern in PATTERNS:
-        size = PATTERNS[chosen.pattern][1]
+def check(model: PreTrainedModel, options: Options) -> None:
+    """Raise `CaloraError` if a width does not hold whole groups."""
+    if options.pattern in PATTERNS:
+        size = PATTERNS[options.pattern][1]
         for name, layer in linear_layers(model).items():
             if layer.in_features % size:
                 raise CaloraError(
-                    f"prune {name} to {chosen.pattern}",
+                    f"prune {name} to {options.pattern}",
                     f"a width divisible by {size}",
                     layer.in_features,
                     "use `pattern: unstructured`",
                 )
 
 
-def prune(model: PreTrainedModel, options: dict[str, Any], calibration: Calibration) -> dict[str, Any]:
-    """Prune every linear layer of the blocks; what is kept is stored with one bit a weight that says where it is."""
-    chosen = parse(Options, "prune", options)
-    sparsity = allocate(model, chosen, calibration.examples) if chosen.pattern == "unstructured" else {}
+def plan(model: PreTrainedModel, options: Options, examples: Sequence[Example]) -> Plan:
+    """Block -> sparsity, of an unstructured pattern."""
+    return Plan(allocate(model, options, examples) if options.pattern == "unstructured" else {})
 
-    def change(block: Block) -> Change:
-        made = Change()
-        choose, span = chooser(chosen, sparsity.get(block.name, 0.0))
-        for group in block.groups():
-            for name, (weight, keep) in _pruned(
-                group, block.moments()[next(iter(group))], chosen.score, choose, span
-            ).items():
-                packing = Packing("native", sparse=True)
-                made.modules[name] = PackedLinear.pack(group[name], packing, weight=weight, keep=keep)
-                made.notes[name] = {"kept": round(float(keep.float().mean()), 6)}
-        return made
 
-    return each_block(model, calibration, "prune", change)
+def change(block: Block, options: Options, plan: Plan) -> Change:
+    """Prune every linear layer of the block; what is kept is stored with one bit a weight that says where it is."""
+    made = Change()
+    choose, span = chooser(options, plan.values.get(block.name, 0.0))
+    for group in block.groups():
+        moment = block.moments()[next(iter(group))]
+        for name, (weight, keep) in _pruned(group, moment, options.score, choose, span).items():
+            packing = Packing("native", sparse=True)
+            made.modules[name] = PackedLinear.pack(group[name], packing, weight=weight, keep=keep, dtype=block.dtype)
+            made.notes[name] = {"kept": round(float(keep.float().mean()), 6)}
+    return made
 
 
 def _pruned(
     group: dict[str, nn.Linear], moment: Tensor, score: str, choose: Choose, span: int
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Layer -> (values, pattern) of layers that read the same input."""
-    if score == "sparsegpt":
-        sizes = [layer.out_features for layer in group.values()]
-        values, keep = sparsegpt(torch.cat([layer.weight.detach() for layer in group.values()]), moment, choose, span)
-        return dict(zip(group, zip(values.split(sizes), keep.split(sizes), strict=True), strict=True))
-    norms = moment.diagonal().sqrt() if score == "wanda" else torch.ones(len(moment))
+    """Layer -> (values, pattern), both [out, in], of layers that read the same input; each has a share of its own."""
     weights = {name: layer.weight.detach() for name, layer in group.items()}
+    if score == "sparsegpt":
+        sizes = [len(weight) for weight in weights.values()]
+
+        def by_layer(scores: Tensor) -> Tensor:  # [out of all, n]
+            return torch.cat([choose(part) for part in scores.split(sizes)])
+
+        values, keep = sparsegpt(torch.cat(list(weights.values())), moment, by_layer, span)
+        return dict(zip(group, zip(values.split(sizes), keep.split(sizes), strict=True), strict=True))
+    norms = moment.diagonal().sqrt() if score == "wanda" else torch.ones_like(moment.diagonal())
     return {name: (weight, choose(weight.float().abs() * norms)) for name, weight in weights.items()}
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from calora.compression.gptq import gptq
-from calora.compression.options import FIX, one_of, parse
-from calora.compression.walk import Block, Calibration, Change, each_block
+from calora.compression.options import FIX, Plan, one_of
+from calora.compression.walk import Block, Change
 from calora.errors import CaloraError
 from calora.layers.codes import fit_grid, nearest_rows
 from calora.layers.layout import dense_weight
@@ -60,47 +59,53 @@ class Options:
             raise CaloraError("quantize.outliers", "a threshold of at least 0", repr(self.outliers), FIX)
 
 
-def check(model: PreTrainedModel, options: dict[str, Any]) -> None:
-    """Raise `CaloraError` if the options are wrong or do not fit the model's widths."""
-    chosen = parse(Options, "quantize", options)
+def check(model: PreTrainedModel, options: Options) -> None:
+    """Raise `CaloraError` if the options do not fit the model's widths or its embeddings."""
     for name, layer in linear_layers(model).items():
-        if chosen.group and layer.in_features % chosen.group:
+        if options.group and layer.in_features % options.group:
             fits = [g for g in GROUPS if layer.in_features % g == 0]
             raise CaloraError(
                 "quantize.group",
                 f"a divisor of {name}'s {layer.in_features} inputs ({fits or 'none of ours'})",
-                chosen.group,
+                options.group,
                 FIX,
             )
-    if chosen.embeddings == "int8" and type(model.get_input_embeddings()) is not nn.Embedding:
-        raise CaloraError("quantize.embeddings", "a dense table", type(model.get_input_embeddings()).__name__, FIX)
+    table = model.get_input_embeddings()
+    if options.embeddings == "int8" and type(table) is not nn.Embedding:
+        found = f"{type(table).__name__}, which scales the vectors that it gives"
+        raise CaloraError("quantize.embeddings", "a plain table (nn.Embedding)", found, "set it to none for this base")
 
 
-def quantize(model: PreTrainedModel, options: dict[str, Any], calibration: Calibration) -> dict[str, Any]:
-    """Quantise every linear layer of the blocks, and the embeddings if asked."""
-    chosen = parse(Options, "quantize", options)
-
-    def change(block: Block) -> Change:
-        if chosen.format == "nf4":
-            return Change({name: Nf4Linear.pack(layer) for name, layer in block.layers.items()})
-        made = Change()
-        for group in block.groups():
-            first = next(iter(group))
-            made.modules |= _packed(group, block.moments()[first], block.largest()[first], chosen)
-        return made
-
-    report = each_block(model, calibration, "quantize", change)
-    if chosen.embeddings == "int8":
-        for name, module in _embeddings(model).items():
-            model.set_submodule(name, module)
-            report["layers"][name] = {}
-    return report
+def change(block: Block, options: Options, plan: Plan) -> Change:
+    """Quantise every linear layer of the block."""
+    if options.format == "nf4":
+        return Change({name: Nf4Linear.pack(layer, block.dtype) for name, layer in block.layers.items()})
+    made = Change()
+    for group in block.groups():
+        first = next(iter(group))
+        made.modules |= _packed(group, block.moments()[first], block.largest()[first], options, block.dtype)
+    return made
 
 
-def _packed(group: dict[str, nn.Linear], moment: Tensor, largest: Tensor, options: Options) -> dict[str, nn.Module]:
-    """Layers that read the same input, quantised: GPTQ goes through their columns together."""
+def finish(model: PreTrainedModel, options: Options, _: Plan) -> list[str]:
+    """Quantise the embeddings if asked; the names of the new modules."""
+    made = _embeddings(model) if options.embeddings == "int8" else {}
+    for name, module in made.items():
+        model.set_submodule(name, module)
+    return list(made)
+
+
+def _packed(
+    group: dict[str, nn.Linear], moment: Tensor, largest: Tensor, options: Options, dtype: torch.dtype
+) -> dict[str, nn.Module]:
+    """Layers that read the same input, quantised: GPTQ goes through their columns together.
+
+    Args:
+        moment: X^T X [in, in] of that input.
+        largest: |x| [in].
+    """
     layers = list(group.values())
-    weight, dtype = torch.cat([dense_weight(layer, torch.float32) for layer in layers]), layers[0].weight.dtype
+    weight = torch.cat([dense_weight(layer, torch.float32) for layer in layers])  # [out of all, in]
     patterns = [layer.keep for layer in layers if isinstance(layer, PackedLinear)]
     keep = torch.cat([pattern for pattern in patterns if pattern is not None]) if patterns else None
     outliers = (largest >= options.outliers).nonzero().flatten() if options.outliers else None
@@ -120,8 +125,10 @@ def _packed(group: dict[str, nn.Linear], moment: Tensor, largest: Tensor, option
     for name, layer in group.items():
         rows = slice(start, start + layer.out_features)
         start = rows.stop
-        own, pattern = grid.of_rows(rows), None if keep is None else keep[rows]
-        packed[name] = PackedLinear.pack(layer, packing, weight=weight[rows], keep=pattern, grid=own, outliers=outliers)
+        packed[name] = PackedLinear.pack(
+            layer, packing, weight=weight[rows], keep=None if keep is None else keep[rows], grid=grid.of_rows(rows),
+            outliers=outliers, dtype=dtype,
+        )  # fmt: skip
     return packed
 
 

@@ -5,7 +5,7 @@ Every block keeps the same number of neurons and heads, so that the result is an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,26 @@ from transformers import PreTrainedModel
 
 from calora.common.batching import equal_length_batches
 from calora.common.leastsquares import compensated
-from calora.compression.options import FIX, one_of, parse, share
-from calora.compression.walk import BATCH, Block, Calibration, Change, each_block
+from calora.compression.options import FIX, Plan, one_of, share
+from calora.compression.walk import BATCH, Block, Change
 from calora.errors import CaloraError
 from calora.layers.layout import dense_layer, rows_of
-from calora.models.anatomy import FeedForward, Heads, feed_forward, heads, linear_layers, stacks
+from calora.models.anatomy import (
+    HEADS,
+    FeedForward,
+    Heads,
+    block_layers,
+    by_layer,
+    feed_forward,
+    first_stays,
+    heads,
+    linear_layers,
+    size_entry,
+    stacks,
+    with_sizes,
+)
 from calora.models.families import family_of
+from calora.models.moments import as_read
 from calora.models.tasks import Example
 
 MULTIPLE = 64  # neurons are kept in whole multiples of this (or of all of them, where there are fewer): kernels like it
@@ -57,75 +71,123 @@ class Options:
             raise CaloraError("shrink", "neurons, heads or layers above 0", "none", FIX)
 
 
-def check(model: PreTrainedModel, options: dict[str, Any]) -> None:
-    """Raise `CaloraError` if the options are wrong, or too little would be left."""
-    chosen = parse(Options, "shrink", options)
+def check(model: PreTrainedModel, options: Options) -> PreTrainedModel:
+    """The empty model of the sizes that will be left.
+
+    Raises:
+        CaloraError: too little would be left or nothing cut, or no configuration of transformers can say the sizes.
+    """
+    shapes: dict[str, tuple[int, int]] = {}  # layer -> in, out, by the names of a model whose last layers were cut
     for stack, blocks in stacks(model).items():
-        if chosen.layers and len(blocks) - round(chosen.layers * len(blocks)) < 1:
-            raise CaloraError(
-                "shrink.layers", f"at least one of {len(blocks)} layers left in {stack}", chosen.layers, FIX
-            )
-        if chosen.neurons:
-            feed_forward(f"{stack}.0", blocks[0])
-        if chosen.heads:
-            groups = heads(f"{stack}.0", blocks[0], model).groups
-            if groups - round(chosen.heads * groups) < 1:
-                raise CaloraError(
-                    "shrink.heads", f"at least one of {groups} key-value heads left", f"{chosen.heads} cut", FIX
-                )
-            if round(chosen.heads * groups) < 1:
-                raise CaloraError(
-                    "shrink.heads", f"a share that cuts one of {groups} key-value heads", chosen.heads, FIX
-                )
+        for index in range(_left(options, "layers", stack, len(blocks)) if options.layers else len(blocks)):
+            name, block = f"{stack}.{index}", blocks[index]
+            layers = block_layers(name, block)
+            own = {key: [layer.in_features, layer.out_features] for key, layer in layers.items()}
+            if options.neurons:
+                part = feed_forward(name, block)
+                kept = _left(options, "neurons", name, layers[part.output].in_features)
+                own[part.output][0] = kept
+                for key in part.inputs:
+                    own[key][1] = kept
+            if options.heads:
+                attention = heads(name, block)
+                groups = _left(options, "heads", name, attention.groups)
+                queries, keys = groups * attention.queries * attention.width, groups * attention.width
+                own[attention.output][0] = own[attention.query][1] = queries
+                own[attention.key][1] = own[attention.value][1] = keys
+            shapes |= {key: (inputs, outputs) for key, (inputs, outputs) in own.items()}
+    empty = with_sizes(model, sizes_left(model, options))
+    found = {name: (layer.in_features, layer.out_features) for name, layer in linear_layers(empty).items()}
+    for name in {**shapes, **found}:
+        if shapes.get(name) != found.get(name):
+            told = f"{found.get(name, 'none')} where its configuration says {sizes_left(model, options)}"
+            fix = "leave `shrink` out for this base, or cut another part"
+            raise CaloraError(f"{type(model).__name__} of transformers", f"{name} of {shapes.get(name)}", told, fix)
+    return empty
 
 
-def shrink(model: PreTrainedModel, options: dict[str, Any], calibration: Calibration) -> dict[str, Any]:
-    """Cut layers, then heads, then neurons; each kind with the inputs that the model has by then."""
-    chosen = parse(Options, "shrink", options)
-    report: dict[str, Any] = {"layers": {}, "blocks": {}, "kept": {}, "layers_kept": {}}
-    if chosen.layers:
-        report["layers_kept"] = cut_layers(model, chosen, calibration.examples)
-    taylor = taylor_products(model, calibration.examples) if chosen.importance == "taylor" else None
-    for part, change in (("heads", _cut_heads), ("neurons", _cut_neurons)):
-        if getattr(chosen, part):
-
-            def apply(block: Block, change: Any = change) -> Change:
-                made: Change = change(model, block, chosen, taylor)
-                return made
-
-            done = each_block(model, calibration, f"shrink {part}", apply)
-            for key in ("layers", "blocks", "kept"):
-                report[key] |= done[key]
-    _tell_config(model)
-    return report
-
-
-def _cut_neurons(model: PreTrainedModel, block: Block, options: Options, taylor: dict[str, Tensor] | None) -> Change:
-    part: FeedForward = feed_forward(block.name, block.module)
-    reader, moment = block.layers[part.output], block.moments()[part.output]
-    width = reader.in_features
-    wanted = (1 - options.neurons) * width
-    kept = round(wanted) if width < 2 * MULTIPLE else max(MULTIPLE, round(wanted / MULTIPLE) * MULTIPLE)
-    importance = _energy(reader, moment) if taylor is None else taylor[part.output].abs()
-    neurons = importance.topk(kept).indices.sort().values
-    return _keep(block, part.inputs, [neurons] * len(part.inputs), part.output, neurons, moment, options)
+def sizes_left(model: PreTrainedModel, options: Options) -> dict[str, Any]:
+    """Entries of the configuration that say the sizes that will be left."""
+    changed: dict[str, Any] = {}
+    for stack, blocks in stacks(model).items():
+        own: dict[str, Any] = {}
+        if options.layers:
+            count = _left(options, "layers", stack, len(blocks))
+            own[size_entry(model, stack, "layers", len(blocks))] = count
+            own |= {name: values[:count] for name, values in by_layer(model).items()}
+        if options.neurons:
+            layer = model.get_submodule(feed_forward(f"{stack}.0", blocks[0]).output)
+            assert isinstance(layer, nn.Linear)
+            kept = _left(options, "neurons", stack, layer.in_features)
+            own[size_entry(model, stack, "neurons", layer.in_features)] = kept
+        if options.heads:
+            part = heads(f"{stack}.0", blocks[0])
+            groups = _left(options, "heads", stack, part.groups)
+            own |= dict(zip(HEADS, (groups, groups * part.queries, part.width), strict=True))
+        changed |= own
+    return changed
 
 
-def _cut_heads(model: PreTrainedModel, block: Block, options: Options, taylor: dict[str, Tensor] | None) -> Change:
-    part: Heads = heads(block.name, block.module, model)
-    reader, moment = block.layers[part.output], block.moments()[part.output]
-    importance = _energy(reader, moment) if taylor is None else taylor[part.output]
-    by_group = importance.view(part.groups, -1).sum(1).abs()
-    groups = by_group.topk(part.groups - round(options.heads * part.groups)).indices.sort().values
+def _left(options: Options, part: str, where: str, count: int) -> int:
+    """How many of `count` layers, neurons or key-value heads stay."""
+    share_cut: float = getattr(options, part)
+    left = count - round(share_cut * count)
+    if part == "neurons" and count >= 2 * MULTIPLE:
+        left = max(MULTIPLE, round((1 - share_cut) * count / MULTIPLE) * MULTIPLE)
+    called = {"layers": "layers", "neurons": "neurons", "heads": "key-value heads"}[part]
+    if left < 1:
+        raise CaloraError(f"shrink.{part}", f"at least one of {count} {called} left in {where}", share_cut, FIX)
+    if left == count:
+        whole_ones = f", in multiples of {MULTIPLE}" if part == "neurons" else ""
+        raise CaloraError(f"shrink.{part}", f"a share that cuts some of {count} {called}{whole_ones}", share_cut, FIX)
+    return left
+
+
+def plan(model: PreTrainedModel, options: Options, examples: Sequence[Example]) -> Plan:
+    """Cut layers; the first-order importance of inputs, if asked."""
+    sizes = sizes_left(model, options)
+    kept = cut_layers(model, options, examples) if options.layers else {}
+    values = taylor_products(model, examples) if options.importance == "taylor" else {}
+    return Plan(values, kept, sizes | by_layer(model) if options.layers else sizes)
+
+
+def cut_heads(block: Block, options: Options, plan: Plan) -> Change:
+    """Cut key-value groups with their query heads."""
+    if not options.heads:
+        return Change()
+    part: Heads = heads(block.name, block.module)
+    reader = block.layers[part.output]
+    importance = plan.values.get(part.output)
+    importance = _energy(reader, block.moments()[part.output]) if importance is None else importance
+    by_group = importance.view(part.groups, -1).sum(1).abs()  # [groups]
+    groups = by_group.topk(_left(options, "heads", block.name, part.groups)).indices.sort().values
     queries, keys = _spread(groups, part.queries * part.width), _spread(groups, part.width)
-    return _keep(
-        block, (part.query, part.key, part.value), [queries, keys, keys], part.output, queries, moment, options
-    )
+    return _keep(block, {part.query: queries, part.key: keys, part.value: keys}, part.output, queries, options)
+
+
+def cut_neurons(block: Block, options: Options, plan: Plan) -> Change:
+    """Cut neurons of the feed-forward."""
+    if not options.neurons:
+        return Change()
+    part: FeedForward = feed_forward(block.name, block.module)
+    reader = block.layers[part.output]
+    importance = plan.values.get(part.output)
+    importance = _energy(reader, block.moments()[part.output]) if importance is None else importance.abs()
+    kept = _left(options, "neurons", block.name, reader.in_features)
+    neurons = importance.topk(kept).indices.sort().values
+    return _keep(block, dict.fromkeys(part.inputs, neurons), part.output, neurons, options)
+
+
+def finish(model: PreTrainedModel, _: Options, plan: Plan) -> list[str]:
+    """Make the configuration say the sizes that are left, so that plain transformers can build the model."""
+    for name, value in plan.sizes.items():
+        setattr(model.config, name, value)
+    return []
 
 
 def _spread(groups: Tensor, width: int) -> Tensor:
     """Indices of all places of the groups, each `width` wide."""
-    return (groups.unsqueeze(1) * width + torch.arange(width)).flatten()
+    return (groups.unsqueeze(1) * width + torch.arange(width, device=groups.device)).flatten()
 
 
 def _energy(reader: nn.Linear, moment: Tensor) -> Tensor:
@@ -133,26 +195,20 @@ def _energy(reader: nn.Linear, moment: Tensor) -> Tensor:
     return moment.diagonal() * reader.weight.detach().float().square().sum(0)
 
 
-def _keep(
-    block: Block,
-    makers: Sequence[str],
-    rows: Sequence[Tensor],
-    reader: str,
-    columns: Tensor,
-    moment: Tensor,
-    options: Options,
-) -> Change:
+def _keep(block: Block, rows: Mapping[str, Tensor], reader: str, columns: Tensor, options: Options) -> Change:
     """Keep some outputs of the layers that make a part's inner values, and the same inputs of the one that reads them."""
-    made = Change()
-    for name, own in zip(makers, rows, strict=True):
-        made.modules[name] = rows_of(block.layers[name], own)
+    made, layers = Change(), block.layers
+    for name, own in rows.items():
+        made.modules[name] = rows_of(layers[name], own)
         made.kept[f"{name}.rows"] = own.int()
         made.notes[name] = {"kept": len(own)}
-    layer = block.layers[reader]
-    weight = (
-        compensated(layer.weight.detach(), moment, columns) if options.compensate else layer.weight[:, columns].clone()
-    )
-    made.modules[reader] = dense_layer(weight, layer.bias)
+    layer = layers[reader]
+    weight = layer.weight.detach()
+    if options.compensate:  # rounded now: the blocks after it see what will be stored
+        new = compensated(weight, block.moments()[reader], columns).to(block.dtype).to(weight.dtype)
+    else:
+        new = weight[:, columns].clone()
+    made.modules[reader] = dense_layer(new, layer.bias)
     made.kept[f"{reader}.columns"] = columns.int()
     made.notes[reader] = {"kept": len(columns)}
     return made
@@ -164,13 +220,13 @@ def cut_layers(model: PreTrainedModel, options: Options, examples: Sequence[Exam
     kept: dict[str, list[int]] = {}
     for name, stack in stacks(model).items():
         values = influence[name]
-        remain = sorted(values.topk(len(stack) - round(options.layers * len(stack))).indices.tolist())
-        if 0 not in remain and hasattr(model.config, "d_kv"):
-            remain = sorted([0, *remain[1:]])  # T5's first block holds the position bias of all
+        if first_stays(stack):
+            values[0] = torch.inf
+        remain = sorted(values.topk(_left(options, "layers", name, len(stack))).indices.tolist())
         kept[name] = remain
         model.set_submodule(name, nn.ModuleList([stack[i] for i in remain]))
-        if getattr(model.config, "layer_types", None):
-            model.config.layer_types = [model.config.layer_types[i] for i in remain]
+        for entry, own in by_layer(model).items():
+            setattr(model.config, entry, [own[i] for i in remain])
         for index, block in enumerate(stack[i] for i in remain):
             for module in block.modules():
                 if hasattr(module, "layer_idx"):
@@ -252,8 +308,11 @@ def language_loss(model: PreTrainedModel, examples: Sequence[Example]) -> Tensor
     Gradients flow to the activations, not to the weights, which are frozen.
     """
     family = family_of(model)
-    parts = [_split(e.prompt_ids, model.config.is_encoder_decoder) for e in examples]
-    batch = family.collate([Example(prompt, answer) for prompt, answer in parts], model)
+    read = [as_read(model, e) for e in examples]
+    if not model.config.is_encoder_decoder:
+        read = [Example(e.prompt_ids[:1], e.prompt_ids[1:]) for e in read]
+    whole = [Example(e.prompt_ids, e.answer_ids or e.prompt_ids[-1:]) for e in read]
+    batch = family.collate(whole, model)
     table = model.get_input_embeddings().weight
     handles = [
         module.register_forward_hook(lambda _, __, out: out.requires_grad_())
@@ -266,31 +325,3 @@ def language_loss(model: PreTrainedModel, examples: Sequence[Example]) -> Tensor
         for handle in handles:
             handle.remove()
     return F.cross_entropy(output.logits.float(), batch.labels, reduction="sum")
-
-
-def _split(ids: list[int], halves: bool) -> tuple[list[int], list[int]]:
-    at = max(1, len(ids) // 2) if halves else 1
-    return ids[:at], ids[at:] or ids[-1:]
-
-
-def _tell_config(model: PreTrainedModel) -> None:
-    """Make the configuration say the sizes that are left, so that plain transformers can build the model."""
-    config, lists = model.config, stacks(model)
-    for name, stack in lists.items():
-        layer = model.get_submodule(feed_forward(f"{name}.0", stack[0]).output)
-        assert isinstance(layer, nn.Linear)
-        if hasattr(config, "d_ff"):
-            config.d_ff = layer.in_features
-        else:
-            config.intermediate_size = layer.in_features
-        if hasattr(config, "d_kv"):
-            if name.startswith("decoder") or len(lists) == 1:
-                config.num_decoder_layers = len(stack)
-            else:
-                config.num_layers = len(stack)
-        else:
-            config.num_hidden_layers = len(stack)
-            attention = heads(f"{name}.0", stack[0], model)
-            config.head_dim = attention.width
-            config.num_key_value_heads = attention.groups
-            config.num_attention_heads = attention.groups * attention.queries

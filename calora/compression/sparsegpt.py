@@ -15,7 +15,7 @@ Choose = Callable[[Tensor], Tensor]  # scores [out, n] -> which to keep, bool [o
 def sparsegpt(weight: Tensor, moment: Tensor, choose: Choose, span: int) -> tuple[Tensor, Tensor]:
     """SparseGPT: (values [out, in], keep [out, in]); `choose` sees the scores of `span` columns at a time."""
     factor = inverse_factor(moment)
-    keep = torch.zeros(weight.shape, dtype=torch.bool)
+    keep = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
 
     def decide(column: Tensor, index: int, ahead: Tensor) -> Tensor:
         if index % span == 0:

@@ -18,7 +18,7 @@ COLUMNS = 128  # updated lazily: the columns after a span are touched once a spa
 
 def inverse_factor(moment: Tensor) -> Tensor:
     """U [in, in], fp32, with U^T U = (H + damping)^-1."""
-    damped = moment.double()
+    damped = moment.double().clone()
     diagonal = damped.diagonal()
     diagonal += DAMPING * diagonal.mean().clamp_min(1e-12)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
@@ -27,14 +27,21 @@ def inverse_factor(moment: Tensor) -> Tensor:
 
 
 def sweep(weight: Tensor, factor: Tensor, decide: Callable[[Tensor, int, Tensor], Tensor], span: int) -> Tensor:
-    left = weight.detach().float().clone()
+    """The new weights [out, in]: `decide` gives each column in turn, and those that follow absorb its error.
+
+    Args:
+        factor: U of `inverse_factor`.
+        decide: (column [out], its index, it and what follows of its span [out, rest]) -> the new column [out].
+        span: columns between two updates of all that follow.
+    """
+    left = weight.detach().float().clone()  # [out, in]
     for start in range(0, left.shape[1], span):
         stop = min(start + span, left.shape[1])
-        piece = left[:, start:stop]  # a view: holds the new values once the span is done
-        local = factor[start:stop, start:stop]
-        errors = torch.zeros_like(piece)
+        piece = left[:, start:stop]  # [out, span], a view: holds the new values once the span is done
+        local = factor[start:stop, start:stop]  # [span, span]
+        errors = torch.zeros_like(piece)  # [out, span]
         for i in range(stop - start):
-            column = piece[:, i].clone()
+            column = piece[:, i].clone()  # [out]
             new = decide(column, start + i, piece[:, i:])
             errors[:, i] = (column - new) / local[i, i]
             piece[:, i:].addr_(errors[:, i], local[i, i:], alpha=-1)

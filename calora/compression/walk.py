@@ -1,4 +1,4 @@
-"""Walk through a model block by block, each with the inputs that the already compressed blocks give it.
+"""Walk through a model once: each block gets all steps, with the inputs that the compressed blocks before it give.
 
 Activations of one block are held at a time: its inputs and its outputs over all calibration texts (as SparseGPT does,
 arXiv 2301.00774). A finished block is written to the checkpoint, so that a killed compression goes on after it.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +20,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from calora.common.artifacts import write_tensors
-from calora.common.batching import length_batches
+from calora.common.batching import equal_length_batches, length_batches
 from calora.common.progress import progress
 from calora.errors import CaloraError
 from calora.layers.layout import dense_weight, restore, store
-from calora.models.anatomy import linear_layers, stacks
+from calora.models.anatomy import block_layers, stacks
 from calora.models.families import family_of
+from calora.models.moments import as_read
 from calora.models.tasks import Example
 
 BATCH = 32  # calibration texts that go through a block together
@@ -32,7 +34,7 @@ BATCH = 32  # calibration texts that go through a block together
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a step looks at, and where it keeps what it has finished.
+    """What compression looks at, and where it keeps what it has finished.
 
     Args:
         examples: tokenised texts.
@@ -58,6 +60,43 @@ class Change:
     kept: dict[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass
+class Walked:
+    """What became of some blocks.
+
+    Args:
+        layers: layer -> step -> notes, with `output_error`, ||(W - W') X|| / ||W X||, where it kept its shape and order.
+        blocks: block -> relative error of its output after all steps, on the inputs that the blocks before it give.
+        seconds: step -> time, and `walk`: of the passes and the writing between them.
+        kept: `Change.kept`, composed over the steps.
+    """
+
+    layers: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    blocks: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    kept: dict[str, Tensor] = field(default_factory=dict)
+
+    def took(self, what: str, seconds: float) -> None:
+        """Count some time."""
+        self.seconds[what] = self.seconds.get(what, 0.0) + seconds
+
+    def keep(self, kept: Mapping[str, Tensor]) -> None:
+        """Compose what remains: indices of indices."""
+        for name, indices in kept.items():
+            earlier = self.kept.get(name)
+            self.kept[name] = indices if earlier is None else earlier[indices.long()]
+
+    def add(self, other: Walked) -> None:
+        """Take in what became of other blocks."""
+        for name, steps in other.layers.items():
+            self.layers.setdefault(name, {}).update(steps)
+        self.blocks |= other.blocks
+        for what, seconds in other.seconds.items():
+            self.took(what, seconds)
+        self.keep(other.kept)
+
+
+Part = tuple[str, Callable[["Block"], Change]]  # a step, and one of the things that it does to each block
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -77,10 +116,12 @@ class Recorded:
 
 
 def real(x: Tensor, masks: Sequence[Tensor]) -> Tensor:
-    """The values at real tokens, [tokens, ...], of x [B, T, ...]: padding is no input."""
+    """The values at real tokens, [tokens, ...], of x [B, T, ...], or [B T, H] as some feed-forwards flatten it."""
     for mask in masks:
         if mask.shape == x.shape[:2]:
             return x[mask]
+        if x.ndim == 2 and len(x) == mask.numel():
+            return x[mask.flatten()]
     return x.flatten(0, -2)
 
 
@@ -88,16 +129,31 @@ class Block:
     """One transformer block with its calibration inputs.
 
     Args:
-        layers: full name -> linear layer of the block.
+        dtype: in which its values will be stored; it may compute in another.
     """
 
-    def __init__(
-        self, name: str, module: nn.Module, layers: dict[str, nn.Linear], recorded: Recorded, index: int
-    ) -> None:
-        self.name, self.module, self.layers = name, module, layers
-        self.recorded, self.index = recorded, index
-        self._moments: dict[str, Tensor] | None = None
+    def __init__(self, name: str, model: nn.Module, recorded: Recorded, dtype: torch.dtype) -> None:
+        self.name, self.model, self.recorded, self.dtype = name, model, recorded, dtype
+        self.index = int(name.rpartition(".")[2])
+        self.before: list[Tensor] = []  # its outputs as it was found, once a pass has seen them
+        self._moments: dict[str, Tensor] = {}
         self._largest: dict[str, Tensor] = {}
+
+    @property
+    def module(self) -> nn.Module:
+        """The block itself."""
+        return self.model.get_submodule(self.name)
+
+    @property
+    def layers(self) -> dict[str, nn.Linear]:
+        """Full name -> linear layer, as it is by now."""
+        return block_layers(self.name, self.module)
+
+    def put(self, modules: Mapping[str, nn.Module]) -> None:
+        """Replace some modules; inputs are measured anew when they are asked for."""
+        for name, module in modules.items():
+            self.model.set_submodule(name, module)
+        self._moments, self._largest = {}, {}
 
     def run(self, watch: Mapping[str, Callable[[Tensor, Tensor], None]] | None = None) -> Iterator[Tensor]:
         """Yield the block's output [B, T, H] batch by batch.
@@ -109,56 +165,59 @@ class Block:
         def hook(see: Callable[[Tensor, Tensor], None]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             return lambda _, args: see(real(args[0].detach(), masks), args[0])
 
-        handles = [self.layers[name].register_forward_pre_hook(hook(see)) for name, see in (watch or {}).items()]
+        module, layers = self.module, self.layers
+        handles = [layers[name].register_forward_pre_hook(hook(see)) for name, see in (watch or {}).items()]
         try:
             calls = self.recorded.calls[self.index]
             for batch, hidden in enumerate(list(self.recorded.hidden)):
                 masks[:] = self.recorded.masks[batch]
                 args, options = calls[batch]
                 with torch.no_grad():
-                    out = self.module(hidden, *args, **options)
+                    out = module(hidden, *args, **options)
                 yield out if isinstance(out, Tensor) else out[0]
         finally:
             for handle in handles:
                 handle.remove()
 
     def moments(self) -> dict[str, Tensor]:
-        """Layer -> X^T X, fp32 [in, in], over all calibration tokens, before anything in the block changed.
+        """Layer -> X^T X, fp32 [in, in], over all calibration tokens, with the block as it is by now.
 
-        Layers that read the same input (queries, keys and values) have the same tensor: `groups` tells them.
+        Layers that read the same input (queries, keys and values) have the same tensor: `groups` finds them by it.
         """
-        if self._moments is None:
+        if not self._moments:
             sums: dict[str, Tensor] = {}
             readers: dict[int, tuple[str, Tensor]] = {}  # id of an input -> the first layer that read it, in this pass
             leader: dict[str, str] = {}
 
             def watch(name: str) -> Callable[[Tensor, Tensor], None]:
-                def see(x: Tensor, source: Tensor) -> None:
+                def see(x: Tensor, source: Tensor) -> None:  # x: [tokens, in], of source: [B, T, in]
                     leader.setdefault(name, readers.setdefault(id(source), (name, source))[0])
                     if leader[name] != name:
                         return
                     x = x.float()
-                    most = x.abs().amax(0)
+                    most = x.abs().amax(0)  # [in]
                     self._largest[name] = torch.maximum(self._largest[name], most) if name in sums else most
-                    sums[name] = torch.addmm(sums[name], x.T, x) if name in sums else x.T @ x
+                    sums[name] = torch.addmm(sums[name], x.T, x) if name in sums else x.T @ x  # [in, in]
 
                 return see
 
-            self.before = []
-            for out in self.run({name: watch(name) for name in self.layers}):
-                self.before.append(out)
+            names, first = list(self.layers), not self.before
+            for out in self.run({name: watch(name) for name in names}):
+                if first:
+                    self.before.append(out)
                 readers.clear()
-            for name in self.layers:
+            for name in names:
                 check_finite(f"inputs of {name}", sums.get(leader.get(name, "")))
-            self._moments = {name: sums[leader[name]] for name in self.layers}
-            self._largest = {name: self._largest[leader[name]] for name in self.layers}
+            self._moments = {name: sums[leader[name]] for name in names}
+            self._largest = {name: self._largest[leader[name]] for name in names}
         return self._moments
 
     def groups(self) -> list[dict[str, nn.Linear]]:
         """The layers, those that read the same input together."""
         found: dict[int, dict[str, nn.Linear]] = {}
+        layers = self.layers
         for name, moment in self.moments().items():
-            found.setdefault(id(moment), {})[name] = self.layers[name]
+            found.setdefault(id(moment), {})[name] = layers[name]
         return list(found.values())
 
     def largest(self) -> dict[str, Tensor]:
@@ -167,7 +226,7 @@ class Block:
         return self._largest
 
     def inputs(self, *names: str) -> list[Tensor]:
-        """All inputs of some linear layers, each [tokens, in], before anything in the block changed."""
+        """All inputs of some linear layers, each [tokens, in], with the block as it is by now."""
         seen: dict[str, list[Tensor]] = {name: [] for name in names}
 
         def keep(name: str) -> Callable[[Tensor, Tensor], None]:
@@ -186,92 +245,85 @@ def check_finite(name: str, tensor: Tensor | None) -> None:
         raise CaloraError(name, "finite values", "NaN or Inf", "check the base's weights; nothing was written")
 
 
-def each_block(
-    model: PreTrainedModel, calibration: Calibration, title: str, change: Callable[[Block], Change]
-) -> dict[str, Any]:
-    """Apply `change` to one block after another, and report what became of each.
+def each_block(model: PreTrainedModel, parts: Sequence[Part], calibration: Calibration, dtype: torch.dtype) -> Walked:
+    """Apply all parts to one block, then to the next, and say what became of each.
 
-    Returns:
-        `layers` (name -> notes, with the relative error of the layer's output, ||(W - W') X|| / ||W X||, where its
-        shape stayed), `blocks` (name -> relative error of the block's output), and `kept` (tensors).
+    Args:
+        dtype: in which values will be stored.
     """
-    report: dict[str, Any] = {"layers": {}, "blocks": {}, "kept": {}}
-    total = sum(len(stack) for stack in stacks(model).values())
-    bar = progress(range(total), title, "blocks")
-    turn = iter(bar)
-    for stack_name, stack in stacks(model).items():
-        recorded: Recorded | None = None
-        for index, module in enumerate(stack):
-            name = f"{stack_name}.{index}"
-            next(turn)
-            done = _finished(calibration.checkpoint, f"{title}-{name}")
-            if done is None:
-                if recorded is None:
-                    recorded = _record(model, stack, calibration.examples)
-                    for earlier in range(index):
-                        recorded.hidden = list(Block("", stack[earlier], {}, recorded, earlier).run())
-                # Asked for anew: a table of all layers would keep every one that was replaced.
-                own = {key: layer for key, layer in linear_layers(model).items() if key.startswith(f"{name}.")}
-                done = _change(model, Block(name, module, own, recorded, index), change)
-                if calibration.checkpoint:
-                    _keep(calibration.checkpoint / f"{title}-{name}.safetensors", model, done)
-            else:
-                _take(model, done)
-                if recorded is not None:
-                    recorded.hidden = list(Block(name, stack[index], {}, recorded, index).run())
-            for part in ("layers", "blocks", "kept"):
-                report[part] |= done[part]
-    for _ in turn:  # lets the bar end
-        pass
-    return report
+    found = Walked()
+    names = [f"{stack}.{index}" for stack, blocks in stacks(model).items() for index in range(len(blocks))]
+    recorded, recorded_for = None, ""
+    for name in progress(names, "compress", "blocks"):
+        stack, _, index = name.rpartition(".")
+        path = calibration.checkpoint / f"{name}.safetensors" if calibration.checkpoint else None
+        if path and path.exists() and recorded_for != stack:
+            found.add(_take(path, model))
+            continue
+        start = time.monotonic()
+        if recorded is None or stack != recorded_for:
+            recorded, recorded_for = _record(model, stack, calibration.examples), stack
+            for earlier in range(int(index)):
+                recorded.hidden = list(Block(f"{stack}.{earlier}", model, recorded, dtype).run())
+        made, modules = _compress(Block(name, model, recorded, dtype), parts)
+        if path:
+            _keep(path, model, made, modules)
+        made.took("walk", time.monotonic() - start - sum(made.seconds.values()))
+        found.add(made)
+    return found
 
 
-def _change(model: PreTrainedModel, block: Block, change: Callable[[Block], Change]) -> dict[str, Any]:
-    moments = block.moments()
-    before = block.before
-    made = change(block)
-    errors = {}
-    for name, layer in block.layers.items():
-        new = made.modules.get(name)
-        if isinstance(new, nn.Linear) and (new.in_features, new.out_features) == (
-            layer.in_features,
-            layer.out_features,
-        ):
-            errors[name] = output_error(layer, new, moments[name])
-    for name, new in made.modules.items():
-        model.set_submodule(name, new)
+def _compress(block: Block, parts: Sequence[Part]) -> tuple[Walked, list[str]]:
+    """Apply all parts to one block, and put its new outputs in the place of its inputs; also the modules that are new."""
+    made, modules = Walked(), dict[str, None]()
+    block.moments()
+    for step, change in parts:
+        start = time.monotonic()
+        done = change(block)
+        errors = _errors(block, done)
+        block.put(done.modules)
+        modules |= dict.fromkeys(done.modules)
+        for name in sorted({*done.modules, *done.notes}):
+            made.layers.setdefault(name, {}).setdefault(step, {}).update(
+                done.notes.get(name, {}) | errors.get(name, {})
+            )
+        made.keep(done.kept)
+        made.took(step, time.monotonic() - start)
     squares = [0.0, 0.0]
-    now = Block(block.name, model.get_submodule(block.name), {}, block.recorded, block.index)
-    for batch, after in enumerate(now.run()):
-        had, has = (real(x, block.recorded.masks[batch]).float() for x in (before[batch], after))
+    for batch, after in enumerate(block.run()):  # [B, T, H]
+        had, has = (real(x, block.recorded.masks[batch]).float() for x in (block.before[batch], after))
         check_finite(f"outputs of {block.name}", has)
         squares[0] += float((has - had).square().sum())
         squares[1] += float(had.square().sum())
-        before[batch] = after
-    block.recorded.hidden = before
-    notes = {
-        name: {**made.notes.get(name, {}), **({"output_error": errors[name]} if name in errors else {})}
-        for name in sorted({*made.notes, *errors})
-    }
-    return {
-        "layers": notes,
-        "blocks": {block.name: round((squares[0] / max(squares[1], 1e-30)) ** 0.5, 6)},
-        "kept": made.kept,
-        "modules": list(made.modules),
-    }
+        block.before[batch] = after
+    block.recorded.hidden = block.before
+    made.blocks[block.name] = round((squares[0] / max(squares[1], 1e-30)) ** 0.5, 6)
+    return made, list(modules)
+
+
+def _errors(block: Block, done: Change) -> dict[str, dict[str, float]]:
+    """Layer -> the error of its output, where it kept its shape and the order of its inputs and outputs."""
+    errors = {}
+    for name, layer in block.layers.items():
+        new = done.modules.get(name)
+        moved = f"{name}.rows" in done.kept or f"{name}.columns" in done.kept
+        if isinstance(new, nn.Linear) and not moved:
+            errors[name] = {"output_error": output_error(layer, new, block.moments()[name])}
+    return errors
 
 
 def output_error(old: nn.Module, new: nn.Module, moment: Tensor) -> float:
-    """||(W - W') X^T||_F / ||W X^T||_F, from X^T X."""
+    """||(W - W') X^T||_F / ||W X^T||_F, from X^T X [in, in]."""
     before = dense_weight(old, torch.float32)
     error = before - dense_weight(new, torch.float32)
     lost, whole = float(((error @ moment) * error).sum()), float(((before @ moment) * before).sum())
     return round(math.sqrt(max(lost, 0.0) / max(whole, 1e-30)), 6)
 
 
-def _record(model: PreTrainedModel, stack: nn.ModuleList, examples: Sequence[Example]) -> Recorded:
+def _record(model: PreTrainedModel, stack: str, examples: Sequence[Example]) -> Recorded:
     """Run the model once, and keep what the blocks of a stack are called with."""
-    recorded = Recorded([], [], [[] for _ in stack])
+    blocks = stacks(model)[stack]
+    recorded = Recorded([], [], [[] for _ in blocks])
 
     def watch(index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -281,12 +333,14 @@ def _record(model: PreTrainedModel, stack: nn.ModuleList, examples: Sequence[Exa
 
         return hook
 
-    handles = [block.register_forward_pre_hook(watch(i), with_kwargs=True) for i, block in enumerate(stack)]
-    family = family_of(model)
+    handles = [block.register_forward_pre_hook(watch(i), with_kwargs=True) for i, block in enumerate(blocks)]
+    family, lengths = family_of(model), [len(e.prompt_ids) for e in examples]
+    # The masks of two stacks may be of one shape, so that no shape says which one counts: then nothing is padded.
+    batches = equal_length_batches if model.config.is_encoder_decoder else length_batches
     try:
         with torch.no_grad():
-            for indices in length_batches([len(e.prompt_ids) for e in examples], BATCH):
-                batch = family.collate([Example(examples[i].prompt_ids) for i in indices], model)
+            for indices in batches(lengths, BATCH):
+                batch = family.collate([as_read(model, examples[i]) for i in indices], model)
                 recorded.masks.append(list(batch.masks.values()))
                 family.forward(model, batch, torch.tensor([0]))
     finally:
@@ -295,20 +349,18 @@ def _record(model: PreTrainedModel, stack: nn.ModuleList, examples: Sequence[Exa
     return recorded
 
 
-def _keep(path: Path, model: PreTrainedModel, done: dict[str, Any]) -> None:
-    """Write a finished block: its new modules and its part of the report."""
-    tensors, entries = {f"kept|{key}": value for key, value in done["kept"].items()}, {}
-    for name in done["modules"]:
+def _keep(path: Path, model: PreTrainedModel, made: Walked, modules: Sequence[str]) -> None:
+    """Write a finished block: its new modules and what became of it."""
+    tensors, entries = {f"kept|{key}": value for key, value in made.kept.items()}, {}
+    for name in modules:
         entries[name], own = store(model.get_submodule(name))
         tensors |= {f"{name}|{key}": value for key, value in own.items()}
-    told = {"entries": entries, "layers": done["layers"], "blocks": done["blocks"]}
+    told = {"entries": entries, "layers": made.layers, "blocks": made.blocks, "seconds": made.seconds}
     write_tensors(path, tensors, {"done": json.dumps(told)})
 
 
-def _finished(folder: Path | None, name: str) -> dict[str, Any] | None:
-    path = folder / f"{name}.safetensors" if folder else None
-    if path is None or not path.exists():
-        return None
+def _take(path: Path, model: PreTrainedModel) -> Walked:
+    """Put the modules of a finished block in place; what became of it."""
     with safe_open(path, framework="pt") as file:
         told: dict[str, Any] = json.loads(file.metadata()["done"])
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
@@ -316,9 +368,6 @@ def _finished(folder: Path | None, name: str) -> dict[str, Any] | None:
     for key, tensor in tensors.items():
         owner, _, part = key.partition("|")
         own[owner][part] = tensor
-    return {**told, "kept": own.pop("kept"), "tensors": own}
-
-
-def _take(model: PreTrainedModel, done: dict[str, Any]) -> None:
-    for name, entry in done["entries"].items():
-        model.set_submodule(name, restore(model.get_submodule(name), entry, done["tensors"][name]))
+    for name, entry in told["entries"].items():
+        model.set_submodule(name, restore(model.get_submodule(name), entry, own[name]))
+    return Walked(told["layers"], told["blocks"], told["seconds"], own["kept"])

@@ -90,7 +90,7 @@ def fit_grid(weight: Tensor, bits: int, group: int, symmetric: bool, dtype: torc
 def nearest_rows(weight: Tensor, rows: int = 4096) -> tuple[Tensor, Tensor]:
     """int8 codes [out, in] and scales [out, 1] of a table, some rows at a time: its fp32 copy never exists as a whole."""
     weight = weight.detach()
-    codes = torch.empty(weight.shape, dtype=torch.int8)
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scale = weight.new_empty(len(weight), 1)
     for start in range(0, len(weight), rows):
         part = weight[start : start + rows]
@@ -106,7 +106,7 @@ def _usable(scale: Tensor, dtype: torch.dtype) -> Tensor:
 def pack_mask(mask: Tensor) -> Tensor:
     """bool [out, in] -> uint8 [out, ceil(in / 8)], the first input in the lowest bit."""
     padded = torch.nn.functional.pad(mask, (0, -mask.shape[1] % 8))
-    return (padded.view(mask.shape[0], -1, 8).to(torch.uint8) << _BITS).sum(-1, dtype=torch.uint8)
+    return (padded.view(mask.shape[0], -1, 8).to(torch.uint8) << _BITS.to(mask.device)).sum(-1, dtype=torch.uint8)
 
 
 def unpack_mask(packed: Tensor, width: int) -> Tensor:

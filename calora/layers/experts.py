@@ -237,11 +237,13 @@ class ExpertLinear(nn.Linear):
 
     def _read(self, x: Tensor) -> Tensor:
         """The sum of the chosen neurons' vectors, each times its x: x [in] -> [out]. A row is read where it lies."""
-        neurons, table = self.choice.neurons, self.weight.flatten(0, 1)
-        x = x.index_select(0, neurons)
+        neurons, table = self.choice.neurons, self.weight.flatten(0, 1)  # [chosen], [neurons, out]
+        x = x.index_select(0, neurons)  # [chosen]
         if table.dtype != x.dtype:
             table, neurons = table.index_select(0, neurons).to(x.dtype), torch.arange(len(neurons), device=x.device)
-        halves = F.embedding_bag(neurons, table, self.choice.halves, mode="sum", per_sample_weights=x)  # one a core
+        halves = F.embedding_bag(
+            neurons, table, self.choice.halves, mode="sum", per_sample_weights=x
+        )  # [2, out], one a core
         out = halves.sum(0)
         return out if self.scale is None else out * self.scale.to(x.dtype)
 

@@ -67,14 +67,15 @@ def build(
         dense: unpack each layer.
         ready: bring each layer into the form that a CPU computes with.
     """
-    names = {name: name for name in tensors} | dict(tied)
-    shared: dict[str, Tensor] = {}
+    names = {name: name for name in tensors} | dict(tied)  # name in the model -> name on disk
+    shared: dict[str, Tensor] = {}  # read once, so that they stay one tensor
 
     def read(name: str) -> Tensor:
         if names[name] not in tied.values():
             return tensors[names[name]]
         return shared.setdefault(names[name], tensors[names[name]])
 
+    # layer -> (codes [out, in],) of a sparse int8 layer, or (layout [out, in / 2], scales [groups, out, 2]) of an int4 one
     rooms = {layer: packed(entry).room() for layer, entry in entries.items() if ready and entry["kind"] == "packed"}
     done: set[str] = set()
     for layer in sorted(entries, reverse=True):  # a feed-forward of experts comes after the layers in it
@@ -101,6 +102,13 @@ def prepare(model: nn.Module) -> None:
         for module in list(model.modules()):
             if isinstance(module, kind):
                 module.prepare()
+
+
+def prepared(layer: nn.Module) -> bool:
+    """Whether a layer was brought into the form that a CPU computes with, which is not the stored one."""
+    if isinstance(layer, Experts):
+        return layer.choice is not None
+    return isinstance(layer, ExpertLinear) or bool(getattr(layer, "kernel", None))
 
 
 def dense_layer(weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -42,15 +42,15 @@ class Nf4Linear(nn.Linear):
         self.register_parameter("bias", None)
 
     @classmethod
-    def pack(cls, layer: nn.Linear) -> Nf4Linear:
-        """Quantise a dense layer."""
-        weight = layer.weight.detach()
+    def pack(cls, layer: nn.Linear, dtype: torch.dtype | None = None) -> Nf4Linear:
+        """Quantise a dense layer; its bias is stored in `dtype`, or its own."""
+        weight = layer.weight.detach().to(dtype or layer.weight.dtype)
         # T5 casts a layer's input to the dtype of its weight: the codes are stored as that dtype, never as uint8.
         codes, state = _bitsandbytes().functional.quantize_4bit(
             weight, quant_type="nf4", compress_statistics=True, quant_storage=weight.dtype
         )
         tensors = {key.replace(THEIRS, STATE): value for key, value in state.as_dict(packed=True).items()}
-        bias = {} if layer.bias is None else {"bias": layer.bias.detach()}
+        bias = {} if layer.bias is None else {"bias": layer.bias.detach().to(weight.dtype)}
         return cls(layer.in_features, layer.out_features, weight.dtype).restore({"weight": codes, **tensors, **bias})
 
     def restore(self, tensors: Mapping[str, Tensor]) -> Nf4Linear:

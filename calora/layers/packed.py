@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -67,6 +67,7 @@ class PackedLinear(nn.Linear):
         keep: Tensor | None = None,
         grid: Grid | None = None,
         outliers: Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> PackedLinear:
         """Pack a dense layer.
 
@@ -75,10 +76,11 @@ class PackedLinear(nn.Linear):
             keep: bool [out, in], the pattern of a sparse packing.
             grid: of a quantised packing.
             outliers: indices of the columns that stay in the base's dtype.
+            dtype: of what is not quantised; None for the layer's own.
         """
         dense = (layer.weight if weight is None else weight).detach()
-        made = cls(layer.in_features, layer.out_features, packing, layer.weight.dtype)
-        tensors: dict[str, Tensor] = {} if layer.bias is None else {"bias": layer.bias.detach()}
+        made = cls(layer.in_features, layer.out_features, packing, dtype or layer.weight.dtype)
+        tensors: dict[str, Tensor] = {} if layer.bias is None else {"bias": layer.bias.detach().to(made.dtype)}
         if outliers is not None:
             tensors |= {"outlier_columns": outliers.int(), "outlier_weight": dense[:, outliers].to(made.dtype)}
             dense = dense.clone().index_fill_(1, outliers, 0)
@@ -88,10 +90,8 @@ class PackedLinear(nn.Linear):
             values = dense.to(made.dtype)
             tensors["weight"] = values if keep is None else values[keep]
         else:
-            codes = grid.encode(dense)
-            tensors |= {"weight_scale": grid.scale} | _pack_codes(codes if keep is None else codes[keep], packing)
-            if grid.zero is not None:
-                tensors["weight_zero_point"] = pack_words(grid.zero.T.contiguous()).T.contiguous()
+            codes = grid.encode(dense)  # [out, in]
+            tensors |= packed_tensors(codes if keep is None else codes[keep], grid, packing)
         return made.restore(tensors)
 
     def restore(self, tensors: Mapping[str, Tensor]) -> PackedLinear:
@@ -205,14 +205,30 @@ class PackedLinear(nn.Linear):
             self.packing = replace(self.packing, sparse=False)
             del self.mask
             return
-        layout, scales = room
+        layout, scales = room  # [out, in / 2], [groups, out, 2]
         grid = self.grid
-        layout.copy_(torch._convert_weight_to_int4pack_for_cpu((self.codes() + 8).int(), 1))
+        layout.copy_(torch._convert_weight_to_int4pack_for_cpu((self.codes() + 8).int(), 1))  # from [out, in]
         scales[..., 0] = grid.scale.T
         scales[..., 1] = 0 if grid.zero is None else -(grid.zero.float() * grid.scale.float()).T
         self.kernel = room
         for name in list(self._buffers):
             delattr(self, name)
+
+    def unprepare(self) -> None:
+        """Give up torch's int4 layout for codes and scales as they are stored; a sparse layer's are dense from then on."""
+        weight, scales = self.dense_weight(torch.float32), self.kernel[1].float()  # [out, in], [groups, out, 2]
+        scale = scales[..., 0].T.contiguous()  # [out, groups]
+        zero = None if self.packing.symmetric else (-scales[..., 1].T / scale).round().to(torch.int8)
+        grid = Grid(scale.to(self.dtype), zero, BITS["int4"])
+        self.kernel, self.packing = (), replace(self.packing, sparse=False)
+        self.restore(packed_tensors(grid.encode(weight), grid, self.packing))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        """Move, or change the dtype. torch's int4 layout is for CPUs: it does not go along to another device."""
+        if self.kernel and fn(self.kernel[0][:0]).device.type != "cpu":
+            self.unprepare()
+        moved: PackedLinear = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return moved
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], computed in the dtype of `x`."""
@@ -260,12 +276,16 @@ def aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.is_meta or tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
-def _pack_codes(codes: Tensor, packing: Packing) -> dict[str, Tensor]:
+def packed_tensors(codes: Tensor, grid: Grid, packing: Packing) -> dict[str, Tensor]:
+    """How codes, int8 [out, in] or those of the kept weights [n], and their grid are stored."""
+    tensors = {"weight_scale": grid.scale}
+    if grid.zero is not None:
+        tensors["weight_zero_point"] = pack_words(grid.zero.T.contiguous()).T.contiguous()
     if packing.format == "int8":
-        return {"weight": codes}
+        return tensors | {"weight": codes}
     if packing.sparse:
-        return {"weight_packed": pack_nibbles(codes)}
-    return {"weight_packed": pack_words(codes), "weight_shape": torch.tensor(codes.shape)}
+        return tensors | {"weight_packed": pack_nibbles(codes)}
+    return tensors | {"weight_packed": pack_words(codes), "weight_shape": torch.tensor(codes.shape)}
 
 
 class PackedEmbedding(nn.Embedding):

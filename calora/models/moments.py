@@ -18,6 +18,16 @@ from calora.models.tasks import Example
 MOMENT_BYTES = 2**30  # second moments held at once; wider models take more passes instead of more memory
 
 
+def as_read(model: PreTrainedModel, example: Example) -> Example:
+    """A text as calibration runs it: an encoder-decoder reads its first half and writes the second.
+
+    With no answer its decoder would see its start token alone: X^T X of rank 1.
+    """
+    ids = example.prompt_ids
+    at = max(1, len(ids) // 2) if model.config.is_encoder_decoder else len(ids)
+    return Example(ids[:at], ids[at:])
+
+
 def input_square_sums(model: PreTrainedModel, examples: Sequence[Example]) -> dict[str, Tensor]:
     """Layer name -> sum over tokens of x^2, fp32 [in] (Wanda's ||X_j||^2)."""
     return _accumulate(model, examples, linear_layers(model), lambda x: x.square().sum(0), "input norms")
@@ -50,7 +60,7 @@ def _accumulate(
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            value = statistic(args[0].detach().flatten(0, -2).float())
+            value = statistic(args[0].detach().flatten(0, -2).float())  # of x: [tokens, in]
             sums[name] = sums[name] + value if name in sums else value
 
         return hook
@@ -62,7 +72,7 @@ def _accumulate(
             # Equal lengths: a padded position would count as an input.
             batches = equal_length_batches([len(e.prompt_ids) for e in examples], 16)
             for indices in progress(batches, title, "batches"):
-                batch = family.collate([Example(examples[i].prompt_ids) for i in indices], model)
+                batch = family.collate([as_read(model, examples[i]) for i in indices], model)
                 family.forward(model, batch, torch.tensor([0]))
     finally:
         for handle in handles:
