@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,7 +19,8 @@ from calora.errors import CaloraError
 from calora.evaluation.predict import predict
 from calora.layers.layout import build
 from calora.layers.onetoken import OneToken
-from calora.models.loading import load_tokenizer, model_class
+from calora.layers.precision import compute_in
+from calora.models.loading import attention_of, compute_dtype, load_tokenizer, model_class
 from calora.models.tasks import Task, encode_all, positions
 from calora.saving import KEPT, REPORT, VERSION, WEIGHTS
 
@@ -89,14 +91,21 @@ class Compressed(OneToken, PreTrainedModel):
     calora_active: str | None = None
 
 
-def load(path: str | Path, dense: bool = False, attention: str = "sdpa", device: str = "cpu") -> Compressed:
+def load(
+    path: str | Path,
+    dense: bool = False,
+    attention: str = "sdpa",
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Compressed:
     """Load a compressed model: a transformers model with packed layers that also takes CA-LoRA adapters.
 
     Args:
         path: a folder that the compress stage (or `calora.save`) wrote.
-        dense: unpack every layer to the base's dtype: the same values, more memory, fast to train.
-        attention: `sdpa`, or `eager` to train on a CPU.
+        dense: unpack every layer: the same values, more memory, fast to train.
+        attention: `sdpa` (eager where the model's class has none), or `eager`, to train on a CPU.
         device: where to put it; on a CPU packed layers take the form that its kernels compute with.
+        dtype: to compute in; by default the stored one, or fp32 for bf16 where the processor has no kernels for it.
 
     Raises:
         CaloraError: a file is missing, truncated, or not the one that compression.json describes.
@@ -111,14 +120,16 @@ def load(path: str | Path, dense: bool = False, attention: str = "sdpa", device:
     if found != report["fingerprint"]:
         raise CaloraError(directory / WEIGHTS, f"fingerprint {report['fingerprint']}", found, f"it was edited: {FIX}")
     config = AutoConfig.from_pretrained(directory, local_files_only=True)
-    config._attn_implementation = attention
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     cls: Any = model_class(config, directory)
     with init_empty_weights(include_buffers=False):
-        model = cls._from_config(config, dtype=config.dtype)
+        model = cls._from_config(config, dtype=config.dtype, attn_implementation=attention_of(attention))
+    compute = dtype or (compute_dtype() if config.dtype == torch.bfloat16 else config.dtype)
     with stored_tensors(directory / WEIGHTS) as tensors:
-        build(model, report["layers"], tensors, report["tied"], dense=dense, ready=not dense and device == "cpu")
+        ready = not dense and device == "cpu"
+        build(model, report["layers"], tensors, report["tied"], dense=dense, ready=ready, compute=compute)
+    compute_in(model, compute, config.dtype)
     if dense:
         model.tie_weights()
     empty = [name for name, tensor in model.state_dict().items() if tensor.is_meta]

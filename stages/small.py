@@ -7,13 +7,12 @@ import torch
 from calora.adapters.lora import lora_config
 from calora.common.artifacts import whole_directory, write_json
 from calora.common.parallel import only_first_goes_on
+from calora.models.anatomy import linear_layers
 from calora.models.loading import load_model, load_tokenizer
 from stages.common import SMALL, run, small_lora
 from stages.config import Params
 from stages.splits import read_task
 from stages.training import train_lora
-
-TARGETS = ["query", "key", "value", "dense"]  # every linear layer, by BERT's names
 
 
 def main(params: Params, name: str) -> None:
@@ -26,7 +25,8 @@ def main(params: Params, name: str) -> None:
         return
     torch.manual_seed(params.seed)  # the classification head's first weights
     model = load_model(SMALL, torch.float32, labels=len(task.answers))
-    config = lora_config(params.teacher.rank, params.teacher.lora_alpha, TARGETS, classifier=True)
+    every = sorted(linear_layers(model))
+    config = lora_config(params.teacher.rank, params.teacher.lora_alpha, every, classifier=True)
     folder = small_lora(name)
     train_lora(params, task, model, load_tokenizer(SMALL), config, folder, SMALL, torch.float32).clear()
 

@@ -179,7 +179,7 @@ def attach_adapter(model: PreTrainedModel, adapter: Adapter, name: str) -> None:
         if adapter.config is not None:
             _attach_lora(model, adapter.config, adapter.lora, name)
         for layer, bypass in bypasses.items():
-            attach(layers[layer], name, bypass.to(model.device))
+            attach(layers[layer], name, bypass.to(model.device, model.dtype))
     except BaseException:
         detach_adapter(model, name)
         raise

@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 
 from calora.compression import moefy, prune, quantize, shrink
 from calora.compression.options import FIX, Plan, parse
-from calora.compression.precision import computing_in
 from calora.compression.walk import Calibration, Change, Part, Walked, check_finite, each_block
 from calora.errors import CaloraError
 from calora.layers.layout import store
+from calora.layers.precision import computing_in
 from calora.layers.report import Report
 from calora.models.anatomy import check_known
 from calora.models.loading import compute_dtype

@@ -58,6 +58,7 @@ def build(
     tied: Mapping[str, str],
     dense: bool = False,
     ready: bool = False,
+    compute: torch.dtype | None = None,
 ) -> None:
     """Fill an empty model with stored tensors, layer by layer.
 
@@ -66,6 +67,7 @@ def build(
         tied: name of a tensor -> name under which the same one is stored.
         dense: unpack each layer.
         ready: bring each layer into the form that a CPU computes with.
+        compute: the dtype of the inputs to come, where it is not the stored one.
     """
     names = {name: name for name in tensors} | dict(tied)  # name in the model -> name on disk
     shared: dict[str, Tensor] = {}  # read once, so that they stay one tensor
@@ -76,19 +78,23 @@ def build(
         return shared.setdefault(names[name], tensors[names[name]])
 
     # layer -> (codes [out, in],) of a sparse int8 layer, or (layout [out, in / 2], scales [groups, out, 2]) of an int4 one
-    rooms = {layer: packed(entry).room() for layer, entry in entries.items() if ready and entry["kind"] == "packed"}
+    rooms = {
+        layer: packed(entry).room(compute) for layer, entry in entries.items() if ready and entry["kind"] == "packed"
+    }
     done: set[str] = set()
     for layer in sorted(entries, reverse=True):  # a feed-forward of experts comes after the layers in it
         own = [name for name in names if name.startswith(f"{layer}.") and name not in done]
         done |= set(own)
         made = restore(model.get_submodule(layer), entries[layer], {name[len(layer) + 1 :]: read(name) for name in own})
         if dense and not isinstance(made, Experts):
-            dtype: torch.dtype = getattr(torch, entries[layer]["dtype"])
+            dtype: torch.dtype = compute or getattr(torch, entries[layer]["dtype"])
             made = dense_view(made, dtype)
         elif ready and isinstance(made, PackedLinear):
             made.prepare(rooms.pop(layer))
-        elif ready and isinstance(made, Nf4Linear | Experts):
+        elif ready and (isinstance(made, Experts) or (isinstance(made, Nf4Linear) and compute in (None, made.dtype))):
             made.prepare()
+        if isinstance(made, PackedEmbedding) and compute:
+            made.dtype = compute
         model.set_submodule(layer, made)
     model.load_state_dict({name: read(name) for name in names if name not in done}, strict=False, assign=True)
 

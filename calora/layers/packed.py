@@ -173,16 +173,19 @@ class PackedLinear(nn.Linear):
         """Rows `ids` of W [len(ids), in]; only a dense int8 weight can be read by rows."""
         return (self.weight.detach()[ids].float() * self.get_buffer("weight_scale")[ids].float()).to(dtype)
 
-    def room(self) -> tuple[Tensor, ...]:
+    def room(self, compute: torch.dtype | None = None) -> tuple[Tensor, ...]:
         """Room for what `prepare` makes: codes of a sparse int8 layer, or layout and scales of torch's int4 kernel.
 
         To be taken for all layers before any is prepared: what is made in between would leave holes in the heap.
+
+        Args:
+            compute: the dtype of the inputs to come, by default the layer's own; torch's int4 kernel takes bf16 alone.
         """
         packing, shape = self.packing, (self.out_features, self.in_features)
-        if self.dtype != torch.bfloat16:
-            return ()
         if packing.format == "int8":
             return (torch.zeros(shape, dtype=torch.int8),) if packing.sparse else ()
+        if self.dtype != torch.bfloat16 or (compute or self.dtype) != torch.bfloat16:
+            return ()
         if packing.format != "int4" or shape[1] % 2 or shape[0] % 16 or packing.group not in (32, 64, 128, 256):
             return ()
         layout = torch.empty(shape[0], shape[1] // 2, dtype=torch.uint8)

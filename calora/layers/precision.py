@@ -35,6 +35,11 @@ def computing_in(model: nn.Module, dtype: torch.dtype, stored: torch.dtype) -> I
         _cast(model, names, dtype, stored)
 
 
+def compute_in(model: nn.Module, dtype: torch.dtype, stored: torch.dtype) -> None:
+    """Let a model compute in `dtype` from now on: its dense tensors of dtype `stored` are brought there."""
+    _cast(model, {name for name, _ in _dense(model)}, stored, dtype)
+
+
 def _dense(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The tensors of layers that are not packed, by name."""
     for path, module in model.named_modules():
