@@ -16,7 +16,7 @@ from calora.layers.nf4 import their_name
 
 OURS = "calora"
 ENTRY = (
-    "kind", "format", "in", "out", "rows", "width", "padding", "dtype", "sparse", "group", "symmetric", "outliers",
+    "kind", "format", "in", "out", "rows", "width", "padding", "factor", "dtype", "sparse", "group", "symmetric", "outliers",
     "inputs", "output", "experts", "shared", "size", "active", "threshold", "router",
 )  # fmt: skip
 
@@ -35,6 +35,7 @@ def quantization_config(report: Mapping[str, Any], theirs: bool = True) -> dict[
     packed = [entry for entry in entries.values() if entry["kind"] == "packed"]
     # compressed-tensors 0.20 cannot load an asymmetric grid: it expects its packed zero points unpacked.
     beyond = any(entry["sparse"] or entry["outliers"] or not entry["symmetric"] for entry in packed)
+    beyond |= any("factor" in entry for entry in entries.values())  # it expects plain tables
     if theirs and kinds <= {"packed", "embedding"} and not beyond:
         return compressed_tensors(entries)
     if theirs and kinds == {"nf4"}:

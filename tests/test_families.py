@@ -83,7 +83,6 @@ EXPERT = ("Mixtral", "Qwen2-MoE", "Qwen3-MoE")
 REFUSED = [  # families, steps, what the message says, what the page says
     (("GPT-2",), STEPS, "0%; the others are in mlp.c_fc (Conv1D)", "its weights are in Conv1D, not in linear layers"),
     (EXPERT, STEPS, "the others are in mlp.experts", "most of its weights are in experts (3-D tensors), not in linear layers"),
-    (("Gemma", "BART"), ["embeddings int8"], "which scales the vectors that it gives", "its table scales the vectors that it gives"),
     (("OLMo-2",), ["heads"], "q_norm.weight, which spans all heads", "its norm of queries and keys spans all heads"),
     (("Phi-3", *FUSED), ["heads"], "no layers called q_proj", "its attention has other layers than q_proj, k_proj, v_proj, o_proj"),
     (("T5", "T5, gated"), ["heads"], "a position bias by head", "its blocks share one position bias by head"),
@@ -179,6 +178,14 @@ def bases(tmp_path_factory):
 def test_a_step_works_or_is_refused_before_any_work(bases, tmp_path, name, step):
     found, (message, _) = outcome(bases(name), STEPS[step], tmp_path / "out"), refused(name, step)
     assert message in found if message else not found
+
+
+@pytest.mark.parametrize("name", ["Gemma", "BART"])
+def test_a_table_that_scales_its_vectors_loads_in_plain_transformers(bases, tmp_path, name):
+    assert not outcome(bases(name), STEPS["embeddings int8"], tmp_path / "out")
+    ours = load(tmp_path / "out")
+    plain = getattr(transformers, ours.config.architectures[0]).from_pretrained(tmp_path / "out", dtype=torch.float32)
+    torch.testing.assert_close(plain(**inputs(plain)).logits, ours(**inputs(ours)).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_nf4_of_a_model_with_linear_layers_outside_its_blocks_loads_in_plain_transformers(bases, tmp_path):

@@ -16,7 +16,7 @@ from calora.errors import CaloraError
 from calora.layers.codes import fit_grid, nearest_rows
 from calora.layers.layout import dense_weight
 from calora.layers.nf4 import Nf4Linear
-from calora.layers.packed import BITS, PackedEmbedding, PackedLinear, Packing
+from calora.layers.packed import BITS, PackedEmbedding, PackedLinear, Packing, factor_of
 from calora.models.anatomy import linear_layers
 
 GROUPS = (32, 64, 128)
@@ -70,10 +70,21 @@ def check(model: PreTrainedModel, options: Options) -> None:
                 options.group,
                 FIX,
             )
-    table = model.get_input_embeddings()
-    if options.embeddings == "int8" and type(table) is not nn.Embedding:
-        found = f"{type(table).__name__}, which scales the vectors that it gives"
-        raise CaloraError("quantize.embeddings", "a plain table (nn.Embedding)", found, "set it to none for this base")
+    if options.embeddings == "int8":
+        for name, table in _tables(model).items():
+            if type(table) is not nn.Embedding and factor_of(table) is None:
+                expected, fix = "plain vectors, or such times embed_scale", "set it to none for this base"
+                raise CaloraError(f"quantize.embeddings, {name}", expected, type(table).__name__, fix)
+
+
+def _tables(model: PreTrainedModel) -> dict[str, nn.Embedding]:
+    """Every embedding table that shares the input table's weight."""
+    weight = model.get_input_embeddings().weight
+    return {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.Embedding) and module.weight is weight
+    }
 
 
 def change(block: Block, options: Options, plan: Plan) -> Change:
@@ -137,11 +148,12 @@ def _embeddings(model: PreTrainedModel) -> dict[str, nn.Module]:
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert isinstance(table, nn.Embedding)
     packed_table = PackedEmbedding.pack(table)
-    packed: dict[str, nn.Module] = {}
+    packed: dict[str, nn.Module] = {
+        name: packed_table if factor_of(own) == packed_table.factor else PackedEmbedding.pack(own)
+        for name, own in _tables(model).items()
+    }
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.Embedding) and module.weight is table.weight:
-            packed[name] = packed_table
-        elif module is head and isinstance(module, nn.Linear):
+        if module is head and isinstance(module, nn.Linear):
             packing = Packing("int8", group=module.in_features)
             packed_head = PackedLinear(module.in_features, module.out_features, packing, module.weight.dtype)
             tied = module.weight is table.weight

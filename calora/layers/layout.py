@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from calora.layers.experts import ExpertLinear, Experts
 from calora.layers.nf4 import Nf4Linear
-from calora.layers.packed import PackedEmbedding, PackedLinear, Packing
+from calora.layers.packed import PackedEmbedding, PackedLinear, Packing, ScaledEmbedding
 
 
 def store(layer: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -21,7 +21,8 @@ def store(layer: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     dtype = {"dtype": str(getattr(layer, "dtype", None) or layer.get_parameter("weight").dtype).removeprefix("torch.")}
     if isinstance(layer, PackedEmbedding):
         shape = {"rows": layer.num_embeddings, "width": layer.embedding_dim, "padding": layer.padding_idx}
-        return {"kind": "embedding", "format": "int8", **shape, **dtype}, tensors
+        factor = {} if layer.factor is None else {"factor": layer.factor}
+        return {"kind": "embedding", "format": "int8", **shape, **dtype, **factor}, tensors
     if isinstance(layer, PackedLinear):
         return {"kind": "packed", **layer.describe(), **dtype}, tensors
     assert isinstance(layer, nn.Linear)
@@ -37,7 +38,7 @@ def restore(old: nn.Module, entry: Mapping[str, Any], tensors: Mapping[str, Tens
     if entry["kind"] == "nf4":
         return Nf4Linear(entry["in"], entry["out"], dtype).restore(tensors)
     if entry["kind"] == "embedding":
-        layer = PackedEmbedding(entry["rows"], entry["width"], entry["padding"], dtype)
+        layer = PackedEmbedding(entry["rows"], entry["width"], entry["padding"], dtype, entry.get("factor"))
         layer.load_state_dict(tensors, strict=True, assign=True)
         return layer.requires_grad_(False)
     if entry["kind"] == "dense":
@@ -143,8 +144,10 @@ def dense_view(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A dense layer with the same values."""
     weight = dense_weight(layer, dtype)
     if isinstance(layer, nn.Embedding):
+        factor: float | None = getattr(layer, "factor", None)
+        if factor is not None:
+            return ScaledEmbedding(weight, layer.padding_idx, factor).requires_grad_(False)
         rows, width = weight.shape
-        table = nn.Embedding(rows, width, padding_idx=layer.padding_idx, _weight=weight)
-        return table.requires_grad_(False)
+        return nn.Embedding(rows, width, padding_idx=layer.padding_idx, _weight=weight).requires_grad_(False)
     assert isinstance(layer, nn.Linear)
     return dense_layer(weight, layer.bias)

@@ -292,15 +292,17 @@ def packed_tensors(codes: Tensor, grid: Grid, packing: Packing) -> dict[str, Ten
 
 
 class PackedEmbedding(nn.Embedding):
-    """An embedding table in int8 with one scale a row; rows come out in `dtype`."""
+    """An embedding table in int8 with one scale a row; rows come out in `dtype`, times `factor` where the base's class has one."""
 
     weight_scale: Tensor
 
-    def __init__(self, rows: int, width: int, padding_idx: int | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self, rows: int, width: int, padding_idx: int | None, dtype: torch.dtype, factor: float | None = None
+    ) -> None:
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim, self.padding_idx = rows, width, padding_idx
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
-        self.dtype = dtype
+        self.dtype, self.factor = dtype, factor
         self.weight = nn.Parameter(torch.empty(rows, width, dtype=torch.int8), requires_grad=False)
         self.register_buffer("weight_scale", torch.empty(rows, 1, dtype=dtype))
 
@@ -308,7 +310,7 @@ class PackedEmbedding(nn.Embedding):
     def pack(cls, layer: nn.Embedding) -> PackedEmbedding:
         """Quantise an embedding table row by row."""
         table = layer.weight.detach()
-        packed = cls(layer.num_embeddings, layer.embedding_dim, layer.padding_idx, table.dtype)
+        packed = cls(layer.num_embeddings, layer.embedding_dim, layer.padding_idx, table.dtype, factor_of(layer))
         codes, packed.weight_scale = nearest_rows(table)
         packed.weight = nn.Parameter(codes, requires_grad=False)
         return packed
@@ -319,4 +321,25 @@ class PackedEmbedding(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """Ids [...] -> vectors [..., width]."""
-        return (self.weight[input].float() * self.weight_scale[input].float()).to(self.dtype)
+        rows = (self.weight[input].float() * self.weight_scale[input].float()).to(self.dtype)
+        return rows if self.factor is None else rows * self.factor
+
+
+def factor_of(table: nn.Embedding) -> float | None:
+    """What a table of transformers multiplies its vectors with (Gemma's, BART's), as it does so; None for a plain one."""
+    factor: Tensor | float | None = getattr(table, "embed_scale", None)
+    if isinstance(factor, Tensor):  # Gemma's: rounded to the table's dtype
+        return float(torch.tensor(table.scalar_embed_scale).to(table.weight.dtype))
+    return factor
+
+
+class ScaledEmbedding(nn.Embedding):
+    """A dense table whose vectors are multiplied by `factor`."""
+
+    def __init__(self, weight: Tensor, padding_idx: int | None, factor: float) -> None:
+        super().__init__(weight.shape[0], weight.shape[1], padding_idx=padding_idx, _weight=weight)
+        self.factor = factor
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Ids [...] -> vectors [..., width]."""
+        return super().forward(input) * self.factor
