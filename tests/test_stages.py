@@ -167,7 +167,7 @@ def test_adapter_folders_do_not_depend_on_the_process_that_wrote_them(project):
     targets = [
         json.loads(file.read_text())["target_modules"] for file in project.glob("models/*/toy/**/adapter_config.json")
     ]
-    assert max(map(len, targets)) == 7
+    assert max(map(len, targets)) >= 7
     assert all(names == sorted(names) for names in targets)
 
 
