@@ -2,6 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 export DVC_NO_ANALYTICS := 1
+# For the tests; stages/__init__.py says why.
 export GOMP_SPINCOUNT ?= 1000
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -18,7 +19,7 @@ $(BIN)/.done: requirements.txt pyproject.toml
 	$(BIN)/python -m pipeline.offline
 	touch $@
 
-run: setup  ## the pipeline (dvc repro), then the table of methods
+run: setup  ## the pipeline (dvc repro), the time of each stage, the table of methods (CALORA_WORKERS=2: two stages at a time)
 	@$(BIN)/python -m pipeline repro
 
 ui: setup  ## the Prefect UI, for runs started by hand or by a schedule (PORT=4200)
@@ -39,7 +40,7 @@ smoke: setup  ## the same stages and real input on a few hundred texts, in .smok
 test: setup  ## all tests
 	@$(BIN)/python -m pytest
 
-lint: setup  ## ruff, format, strict types for calora, spelling
+lint: setup  ## ruff, format, strict types, spelling
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
@@ -49,5 +50,5 @@ format: setup  ## let ruff format and mend what it can
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-clean:  ## remove what runs made; .venv and the download cache stay
+clean:  ## remove what runs made; own/, .venv and the download cache stay
 	rm -rf data/* models/* checkpoints .smoke results/*/ .mypy_cache .ruff_cache .pytest_cache .dvc/tmp

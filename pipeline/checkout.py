@@ -152,17 +152,14 @@ def _bring_own(root: Path, inside: Path) -> None:
 
     Each file is linked, not their folder: DVC finds the same hash behind a linked file, and none behind a linked folder.
     """
-    for name in DOWNLOADS:
-        (root / name).mkdir(parents=True, exist_ok=True)
+    for folder in DOWNLOADS:
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        (inside / folder).parent.mkdir(parents=True, exist_ok=True)
+        (inside / folder).symlink_to((root / folder).resolve())
+    ignored = git(root, "ls-files", "--others", "--ignored", "--exclude-standard", "-z", "--", str(OWN))
+    for name in map(Path, filter(None, ignored.split("\0"))):
         (inside / name).parent.mkdir(parents=True, exist_ok=True)
         (inside / name).symlink_to((root / name).resolve())
-    for folder, folders, files in os.walk(root / OWN):
-        there = inside / Path(folder).relative_to(root)
-        there.mkdir(parents=True, exist_ok=True)
-        linked = [name for name in folders if (Path(folder) / name).is_symlink()]
-        for name in (*files, *linked):
-            if not (there / name).exists():
-                (there / name).symlink_to((Path(folder) / name).resolve())
 
 
 def _share_cache(root: Path, inside: Path) -> None:

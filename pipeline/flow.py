@@ -13,9 +13,10 @@ from uuid import UUID
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture
-from prefect.states import Completed, Failed, State
-from prefect.task_runners import ThreadPoolTaskRunner
+from prefect.states import Completed, Failed
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from pydantic import Field
 
 from calora.errors import CaloraError
@@ -29,6 +30,7 @@ from pipeline.share import Sharing
 from pipeline.show import key_of, show_results
 
 PROGRESS = re.compile(r"(?P<title>.+): (?P<done>\d+) of (?P<all>\d+) (?P<unit>\w+), .* left(?P<rest>.*)")
+RUNNER: TaskRunner[Any] = ThreadPoolTaskRunner(max_workers=workers())
 WORDS = {"ran": "Completed", "restored": "Cached", "unchanged": "Cached"}
 
 
@@ -80,7 +82,8 @@ class Bar:
             return
         share = 100 * int(found["done"]) / max(int(found["all"]), 1)
         if self.artifact is None:
-            self.artifact = create_progress_artifact(share, key=self.key, description=line)
+            made = create_progress_artifact(share, key=self.key, description=line)
+            self.artifact = made if isinstance(made, UUID) else None  # a coroutine only where a loop runs
         else:
             update_progress_artifact(self.artifact, share, description=line)
 
@@ -112,7 +115,7 @@ def clean_up(flow: Any, flow_run: Any, state: Any) -> None:
     sweep(ROOT)
 
 
-@flow(name="ca-lora", flow_run_name="{name}", task_runner=ThreadPoolTaskRunner(max_workers=workers()),
+@flow(name="ca-lora", flow_run_name="{name}", task_runner=RUNNER,
       on_crashed=[clean_up], on_cancellation=[clean_up])  # fmt: skip
 def ca_lora(
     name: Annotated[str, Field(pattern=NAME)] = "run",
@@ -121,7 +124,7 @@ def ca_lora(
     changed_files: Literal["refuse", "take along"] = "refuse",
     only: list[str] = [],  # noqa: B006
     share: str = "",
-) -> Any:
+) -> State[Any] | dict[str, str]:
     """Run the pipeline in a checkout of its own, and keep the result as a DVC experiment.
 
     Args:
@@ -202,7 +205,9 @@ def run_all(
     """Every stage after those that it needs; one that fails leaves the branches that do not need it going."""
 
     def start(stage: str, needs: list[PrefectFuture[Any]]) -> PrefectFuture[Any]:
-        return dvc_stage.submit(stage, folder, stage in known, processes, sharing, wait_for=needs)
+        task: Any = dvc_stage  # Prefect's types take either the arguments or `wait_for`
+        future: PrefectFuture[Any] = task.submit(stage, folder, stage in known, processes, sharing, wait_for=needs)
+        return future
 
     def over(future: PrefectFuture[Any]) -> bool:  # a stage whose need failed stays pending, NotReady
         return future.state.is_final() or future.state.name == "NotReady"

@@ -28,7 +28,7 @@ def main(root: Path) -> None:
     key, ours = "plots.html_template", f"../{TEMPLATE}"
     known = subprocess.run([*DVC, "config", key], cwd=root, env=environment(), capture_output=True, text=True)
     if known.stdout.strip() in ("", ours):
-        write_text(root / TEMPLATE, PAGE % vl_convert.javascript_bundle())
+        write_text(root / TEMPLATE, PAGE % vl_convert.javascript_bundle())  # type: ignore[call-arg]  # its stub forgets the default
         subprocess.run([*DVC, "config", "--local", key, ours], cwd=root, env=environment(), check=True)
 
 

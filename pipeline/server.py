@@ -82,7 +82,12 @@ def alone() -> None:
             probe.bind((HOST, 0))
             port = probe.getsockname()[1]
         process, leaving = launch(served(port, "--no-ui", "--no-services"), settings(port)), threading.Event()
-        atexit.register(lambda: (leaving.set(), end(process)))
+
+        def leave() -> None:
+            leaving.set()
+            end(process)
+
+        atexit.register(leave)
         os.environ["PREFECT_API_URL"] = settings(port)["PREFECT_API_URL"]
         importlib.import_module("prefect")  # takes seconds, and so does the server's start
         wait_for(health(port), process)

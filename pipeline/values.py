@@ -22,6 +22,9 @@ class Reader(yaml.SafeLoader):
 Reader.add_implicit_resolver(FLOAT, re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
 
 
+RESOLVER: Any = Reader("")  # PyYAML has no types
+
+
 def value_of(text: str, where: str) -> Any:
     """A value of the command line.
 
@@ -59,6 +62,6 @@ def quoted(value: Any) -> Any:
         return {key: quoted(one) for key, one in value.items()}
     if isinstance(value, list):
         return [quoted(one) for one in value]
-    if isinstance(value, str) and Reader("").resolve(yaml.ScalarNode, value, (True, False)) != TEXT:
+    if isinstance(value, str) and RESOLVER.resolve(yaml.ScalarNode, value, (True, False)) != TEXT:
         return DoubleQuotedScalarString(value)
     return value

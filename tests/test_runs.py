@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -696,6 +697,20 @@ def test_the_docs_call_of_the_api_is_this_deployment():
     body = json.loads(re.search(r"-d '(\{.*\})'", text)[1])
     assert Settings.model_validate(body["parameters"].pop("settings"))
     assert body["parameters"].keys() <= flows.ca_lora.parameters.model_dump()["properties"].keys()
+
+
+def test_make_lists_every_target_and_never_removes_own_files(tmp_path):
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    targets = re.search(r"^\.PHONY: (.*)$", text, re.M)[1].split()
+    assert [line.split()[0] for line in listed.splitlines()] == targets == re.findall(r"^([a-z]+):", text, re.M)
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("own/data.csv", "data/movies/train.jsonl", "models/base/x", "results/movies/x"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("")
+    (tmp_path / "data/movies/linked").symlink_to(tmp_path / "own")
+    subprocess.run(["make", "clean"], cwd=tmp_path, check=True, capture_output=True)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["Makefile", "data.csv"]
 
 
 def test_dvc_plots_need_no_network(project):
