@@ -17,7 +17,7 @@ from calora.adapters.prompts import task_of
 from calora.common.artifacts import check_tensors, fingerprint, read_json, read_tensors, stored_tensors
 from calora.errors import CaloraError
 from calora.evaluation.predict import predict
-from calora.layers.layout import build
+from calora.layers.layout import build, prepared
 from calora.layers.onetoken import OneToken
 from calora.layers.precision import compute_in
 from calora.models.loading import attention_of, compute_dtype, load_tokenizer, model_class
@@ -78,6 +78,19 @@ class Compressed(OneToken, PreTrainedModel):
             raise CaloraError("set_adapter", f"one of {sorted(self.calora_tasks)}", name, "load it with load_adapter")
         self.calora_active = name
         set_active(self, name)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Refused where layers are in the form that a CPU computes with: it is not the stored one.
+
+        Raises:
+            CaloraError: the model was loaded packed.
+        """
+        if any(prepared(module) for module in self.modules()):
+            fix = "copy the folder that it was loaded from, or load it with dense=True"
+            raise CaloraError(
+                "save_pretrained", "layers in their stored form", "the form that a CPU computes with", fix
+            )
+        super().save_pretrained(*args, **kwargs)
 
     def answer(self, texts: Sequence[str | Mapping[str, Any]], batch_size: int = 16) -> list[str]:
         """Answer texts with the active adapter's task: a text, or a mapping with the prompt's columns."""

@@ -26,6 +26,7 @@ from calora.adapters.lora import (
 from calora.adapters.prompts import check_prompt
 from calora.common.artifacts import fingerprint
 from calora.common.versions import versions
+from calora.compressed import load
 from calora.compression import compress
 from calora.compression.walk import Calibration
 from calora.errors import CaloraError
@@ -332,3 +333,14 @@ def test_a_lora_is_read_off_whatever_stands_beside_it(base):
     attach_adapter(model, some(base, bypass=False, seed=3), "two")
     assert all(torch.equal(lora_state(model, "one")[key], value) for key, value in adapter.lora.items())
     assert lora_state(model, "three") == {}
+
+
+def test_a_packed_model_is_not_saved_in_another_form(tmp_path, toy):
+    base = make_model("llama", tmp_path / "base", hidden=64, inner=64)
+    model = load_model(base, torch.bfloat16)
+    int4 = {"quantize": {"format": "int4", "group": 32}}
+    save(model, compress(model, [int4], Calibration(toy[2])), tmp_path / "out", base)
+    with pytest.raises(CaloraError, match="dense=True"):
+        load(tmp_path / "out").save_pretrained(tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+    load(tmp_path / "out", dense=True).save_pretrained(tmp_path / "again")

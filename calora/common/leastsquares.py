@@ -19,7 +19,7 @@ def compensated(weight: Tensor, moment: Tensor, kept: Tensor) -> Tensor:
     Returns:
         [out, len(S)], in the dtype of `weight`; exactly W[:, S] where W[:, R] is 0 or R is empty.
     """
-    whole = torch.arange(len(moment))
+    whole = torch.arange(len(moment), device=moment.device)
     cut = whole[~torch.isin(whole, kept)]
     if not len(cut):
         return weight[:, kept].clone()

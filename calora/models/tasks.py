@@ -205,5 +205,5 @@ def read_rows(path: Path, made_by: str) -> list[dict[str, Any]]:
     except ValueError as error:
         raise CaloraError(path, "one JSON object a line", error, f"delete it, then {made_by}") from None
     if not rows:
-        raise CaloraError(path, "at least one row", "an empty split", "give the task more rows in params.yaml")
+        raise CaloraError(path, "at least one row", "an empty split", "give the task more rows")
     return rows
