@@ -25,6 +25,11 @@ def data(task: str) -> Path:
     return Path("data") / task
 
 
+def brought(task: str) -> Path:
+    """The adapter that the user brought for a task; without one, a note."""
+    return Path("models/brought") / task
+
+
 def teacher(task: str) -> Path:
     """The LoRA on the uncompressed LLM."""
     return Path("models/teacher") / task

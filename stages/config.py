@@ -32,7 +32,18 @@ Name = Annotated[str, AfterValidator(_plain)]
 
 
 # Folders of models/ that are no method's.
-TAKEN = ("base", "small", "small_lora", "teacher", "targets", "compressed", "methods", "inherited", "evaluated")
+TAKEN = (
+    "base",
+    "small",
+    "small_lora",
+    "teacher",
+    "targets",
+    "compressed",
+    "brought",
+    "methods",
+    "inherited",
+    "evaluated",
+)
 
 
 class Section(BaseModel):

@@ -1,6 +1,7 @@
 """Fetch a task's texts and split them, and its adapter where the user has one.
 
-Writes data/<task>: task.json; train, validation, test, unlabelled (JSON lines); adapter/ (from teacher.adapters).
+Writes data/<task>: task.json; train, validation, test, unlabelled (JSON lines); and models/brought/<task>: the adapter of
+teacher.adapters, apart from the texts, so that another one trains nothing again that does not look at it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 from calora.common.artifacts import check_tensors, fingerprint, read_json, whole_directory, write_json, write_text
 from calora.errors import CaloraError
 from calora.models.tasks import Task
-from stages.common import data, run
+from stages.common import brought, data, run
 from stages.config import Imported, Params
 from stages.corpora import SPLITS, split_pools, task_of
 from stages.files import own_path
@@ -40,10 +41,8 @@ def main(params: Params, name: str) -> None:
             fix = "check its source (a text counts once: in test, else in validation, else in train)"
             found = f"{len(pools[split])} rows, none with a label"
             raise CaloraError(f"data.sets.{name}", f"labelled rows for the {split} split", found, fix)
-    imported = params.teacher.adapters.get(name)
+    bring(params.teacher.adapters.get(name), name)
     with whole_directory(data(name)) as scratch:
-        if imported:
-            copy_adapter(f"teacher.adapters.{name}", imported, scratch / "adapter")
         write_json(scratch / "task.json", task.to_json())
         for split, rows in splits.items():
             write_text(scratch / f"{split}.jsonl", "".join(json.dumps(finished(row, task)) + "\n" for row in rows))
@@ -51,12 +50,20 @@ def main(params: Params, name: str) -> None:
             print(f"{name}: {len(rows)} {split}" + (f" ({left} without a label left out)" if left else ""))
 
 
+def bring(imported: Imported | None, name: str) -> None:
+    """The user's adapter of a task, or a note that there is none."""
+    with whole_directory(brought(name)) as scratch:
+        if imported:
+            copy_adapter(f"teacher.adapters.{name}", imported, scratch)
+        else:
+            write_json(scratch / "none.json", {"reason": f"teacher.adapters names none for {name}"})
+
+
 def copy_adapter(where: str, imported: Imported, target: Path) -> None:
     """The user's adapter, weights and configuration alone: what `teacher` takes follows from its content."""
     folder = own_path(imported.path, where)
     if not folder.is_dir():
         raise CaloraError(where, "a folder that PEFT wrote", f"a file, {folder}", "name its folder")
-    target.mkdir()
     read_json(folder / "adapter_config.json", "name a folder that PEFT wrote")
     check_tensors(folder / "adapter_model.safetensors", "name a folder that PEFT wrote")
     for name in ("adapter_config.json", "adapter_model.safetensors"):

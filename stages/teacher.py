@@ -1,6 +1,6 @@
 """Train (or import) the LoRA on the uncompressed LLM and store its outputs for every training text.
 
-Reads models/base, data/<task>; writes models/teacher/<task> (a plain PEFT LoRA) and models/targets/<task>.
+Reads models/base, models/brought/<task>, data/<task>; writes models/teacher/<task> (a plain PEFT LoRA) and models/targets/<task>.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from calora.adapters.cards import plain_card
-from calora.adapters.folder import read_plain_lora, write_adapter
+from calora.adapters.folder import CONFIG, read_plain_lora, write_adapter
 from calora.adapters.foreign import import_lora
 from calora.adapters.lora import attach_adapter, check_targets, lora_config, set_active
 from calora.common.artifacts import replace_directory
@@ -21,7 +21,7 @@ from calora.distillation.targets import write_targets
 from calora.distillation.training import Checkpoint
 from calora.models.loading import load_model, load_tokenizer, training_attention
 from calora.models.tasks import Task, encode_all, positions
-from stages.common import BASE, CHECKPOINTS, data, run, targets, teacher
+from stages.common import BASE, CHECKPOINTS, brought, run, targets, teacher
 from stages.config import Params
 from stages.splits import read_split, read_task
 from stages.training import run_key, train_lora
@@ -29,11 +29,11 @@ from stages.training import run_key, train_lora
 
 def main(params: Params, name: str) -> None:
     """The teacher of one task, and its targets."""
-    task, brought = read_task(name), data(name) / "adapter"
+    task, theirs = read_task(name), brought(name)
     model = load_model(BASE, attention=training_attention())
     saved = None
-    if brought.exists():
-        take_imported(task, brought, model)
+    if (theirs / CONFIG).exists():
+        take_imported(task, theirs, model)
     else:
         saved = train_teacher(params, task, model)
     store_targets(params, task)
@@ -48,10 +48,10 @@ def train_teacher(params: Params, task: Task, model: Any) -> Checkpoint:
     return train_lora(params, task, model, load_tokenizer(BASE), config, teacher(task.name), BASE)
 
 
-def take_imported(task: Task, brought: Path, model: Any) -> None:
+def take_imported(task: Task, theirs: Path, model: Any) -> None:
     """The user's own adapter, checked against the base and converted where it can be."""
     only_first_goes_on()
-    adapter = import_lora(brought, model)
+    adapter = import_lora(theirs, model)
     write_adapter(teacher(task.name), adapter, str(BASE), plain_card(task, str(BASE)), torch.bfloat16)
 
 

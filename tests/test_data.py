@@ -298,7 +298,7 @@ def test_an_imported_adapter_is_copied_by_content(folder):
     Path("own/lora/optimizer.pt").write_bytes(b"\x80")
     change(folder, "teacher.adapters", {"toy": {"path": "own/lora"}})
     download.main(load_params(), "toy")
-    kept = sorted(file.name for file in Path("data/toy/adapter").iterdir())
+    kept = sorted(file.name for file in Path("models/brought/toy").iterdir())
     assert kept == ["adapter_config.json", "adapter_model.safetensors"]
     shutil.rmtree("data")
     change(folder, "teacher.adapters", {"toy": {"path": "own/lora", "sha256": "0" * 64}})
@@ -349,8 +349,8 @@ def test_dvc_notices_what_the_user_edits(folder, tmp_path_factory, monkeypatch):
     with Repo() as repo:
         assert [stage.name for stage in repo.reproduce("download@toy")] == ["download@toy"]
     assert stored("train") == {"a train": 0, "b train": 1}
-    assert read_json(Path("data/toy/adapter/adapter_config.json"), "")["lora_alpha"] == 16
-    assert fingerprint(Path("data/toy/adapter")) == fingerprint(Path("own/lora"))
+    assert read_json(Path("models/brought/toy/adapter_config.json"), "")["lora_alpha"] == 16
+    assert fingerprint(Path("models/brought/toy")) == fingerprint(Path("own/lora"))
 
 
 @pytest.mark.parametrize(
