@@ -201,7 +201,7 @@ def ideal_speed_up(folder: Path) -> float:
             before += entry["bytes_before"]
             after += entry["bytes_after"] * share_used(name, report["layers"])
     untouched = {n: size for n, size in report["untouched"].items() if n.endswith("proj.weight")}
-    return (before + sum(untouched.values())) / (after + sum(untouched.values()))
+    return float((before + sum(untouched.values())) / (after + sum(untouched.values())))
 
 
 def share_used(layer: str, layers: dict[str, Any]) -> float:
@@ -209,7 +209,7 @@ def share_used(layer: str, layers: dict[str, Any]) -> float:
     owner = layers.get(layer.rpartition(".")[0], {})
     if owner.get("kind") != "experts":
         return 1.0
-    return (owner["active"] + owner["shared"]) / (owner["experts"] + owner["shared"])
+    return float((owner["active"] + owner["shared"]) / (owner["experts"] + owner["shared"]))
 
 
 if __name__ == "__main__":

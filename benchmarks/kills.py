@@ -32,7 +32,7 @@ def round_of(root: Path, number: int, dice: random.Random) -> str:
     deadline = time.monotonic() + delay
     while time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)
-    victims = []
+    victims: list[int] = []
     while not victims and process.poll() is None:
         victims = [pid for pid, line in processes(root).items() if VICTIMS[kind] in line and "guard.py" not in line]
         time.sleep(0.02)

@@ -13,27 +13,30 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from stages.baseline import config_of
 
 from calora.adapters.folder import read_adapter
 from calora.adapters.lora import lora_config
+from calora.common.artifacts import read_json
 from calora.compressed import load
-from calora.distillation.distill import distill, finetune
+from calora.distillation.distill import Pool, distill, finetune
 from calora.distillation.targets import Target, Targets
 from calora.distillation.training import Schedule
-from calora.models.loading import load_model, load_tokenizer
+from calora.inheritance.fresh import equal_budget
+from calora.models.anatomy import linear_layers
+from calora.models.loading import load_model, load_tokenizer, training_attention
 from calora.models.tasks import Example, encode_all
-from stages.common import BASE, adapter, compressed, targets
+from stages.common import BASE, METHODS, compressed, inherited, targets
 from stages.config import load_params
 from stages.distill import weights
 from stages.splits import read_split, read_task
 
 TASK, RECIPE = "movies", "q8_up"
-METHODS = {
+ROWS = {
     "lora_qk": "LoRA (q, k) on the uncompressed base",
     "lora": "LoRA (equal budget) on the uncompressed base",
     "distill": "CA-LoRA on the compressed base",
 }
+SCHEDULE = Schedule(10, 5e-4, 2, 1.0, eval_every=0, checkpoint_seconds=1e9)
 
 
 class Chosen(Targets):
@@ -44,46 +47,52 @@ class Chosen(Targets):
         self.places = places
 
     def with_answers(self, examples: Sequence[Example]) -> list[Example]:
+        """The examples as they are: all of the task's have answers."""
         return list(examples)
 
     def read(self, indices: Sequence[int], device: torch.device) -> Target:
+        """The targets of a batch."""
         return super().read([self.places[i] for i in indices], device)
 
 
-def train(method: str) -> float:
-    """MB of this process at its peak, after training on the longest texts by `method`."""
-    params, task = load_params(), read_task(TASK)
-    tokenizer, size = load_tokenizer(BASE), params.train.batch_size
-    pools = {}
-    for split in ("train", "unlabelled"):
-        examples = encode_all(task, tokenizer, read_split(TASK, split))
-        places = sorted(range(len(examples)), key=lambda i: -examples[i].tokens)[: 5 * size]
-        pools[split] = ([examples[i] for i in places], places)
-    schedule = Schedule(10, 5e-4, 2, 1.0, eval_every=0, checkpoint_seconds=1e9)
-    options = {"batch_size": size, "schedule": schedule, "seed": 0, "title": method}
-    if method == "distill":
-        model = load(compressed(RECIPE), dense=True, attention="eager")
-        stored = [(chosen, Chosen(targets(TASK) / split, places)) for split, (chosen, places) in pools.items()]
-        inherited = read_adapter(adapter("inherited", TASK, RECIPE))
-        distill(model, inherited, *stored, lambda: 0.0, weights(params), **options)
+def longest(split: str, count: int) -> Pool:
+    """The longest texts of a split, with the teacher's targets."""
+    examples = encode_all(read_task(TASK), load_tokenizer(BASE), read_split(TASK, split))
+    places = sorted(range(len(examples)), key=lambda i: -examples[i].tokens)[:count]
+    return Pool([examples[i] for i in places], Chosen(targets(TASK) / split, places))
+
+
+def train(row: str) -> float:
+    """MB of this process at its peak, after training on the longest texts."""
+    size = load_params().train.batch_size
+    labelled, unlabelled = longest("train", 5 * size), longest("unlabelled", 5 * size)
+    start = read_adapter(inherited(TASK, RECIPE, "calora"))
+    if row == "distill":
+        model = load(compressed(RECIPE), dense=True, attention=training_attention())
+        loss = read_json(METHODS / "calora/loss.json", "run `make run`")
+        distill(
+            model, start, labelled, unlabelled, lambda: 0.0, weights(loss), batch_size=size, schedule=SCHEDULE, seed=0, title=row
+        )  # fmt: skip
     else:
-        model = load_model(BASE, torch.bfloat16, attention="eager")
-        config = config_of(params, "clm_lora") if method == "lora" else lora_config(32, 16, ["q_proj", "k_proj"])
-        finetune(model, config, pools["train"][0], lambda: 0.0, **options)
+        base = load_model(BASE, attention=training_attention())
+        config = (
+            equal_budget(start, linear_layers(base)) if row == "lora" else lora_config(32, 16, ["q_proj", "k_proj"])
+        )
+        finetune(base, config, labelled.examples, lambda: 0.0, batch_size=size, schedule=SCHEDULE, seed=0, title=row)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def main() -> None:
-    """Each method in a process of its own, and the ratios."""
+    """Each row in a process of its own, and the ratios."""
     if len(sys.argv) > 1:
         print(train(sys.argv[1]))
         return
     peaks = {}
-    for method, name in METHODS.items():
-        command = [sys.executable, "-m", "benchmarks.memory", method]
+    for row, name in ROWS.items():
+        command = [sys.executable, "-m", "benchmarks.memory", row]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        peaks[method] = float(output.splitlines()[-1])
-        print(f"{name}: {peaks[method]:.0f} MB", flush=True)
+        peaks[row] = float(output.splitlines()[-1])
+        print(f"{name}: {peaks[row]:.0f} MB", flush=True)
     print(f"distill / LoRA (q, k): {peaks['distill'] / peaks['lora_qk']:.2f}")
     print(f"distill / LoRA (equal budget): {peaks['distill'] / peaks['lora']:.2f}")
 

@@ -40,10 +40,11 @@ def main() -> None:
     task = sys.argv[1] if len(sys.argv) > 1 else "movies"
     known: dict[str, Any] = json.loads(DATA.read_text()) if DATA.exists() else {}
     for recipe in load_params().compressions:
-        if (metrics := results(task, recipe, "metrics.json")).exists():
+        path = results(task, recipe, "metrics.json")
+        if path.exists():
             size = (compressed(recipe) / "model.safetensors").stat().st_size
             share = round(size / (BASE / "model.safetensors").stat().st_size, 4)
-            known[recipe] = {"bytes": size, "share": share, "metrics": read_json(metrics, "run `make run`")}
+            known[recipe] = {"bytes": size, "share": share, "metrics": read_json(path, "run `make run`")}
     found = {recipe: known[recipe] for recipe in ORDER if recipe in known}
     metrics = {recipe: one["metrics"] for recipe, one in found.items()}
     table = tables.of_runs(task, "recipe", metrics)

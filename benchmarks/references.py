@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def ours() -> Iterator[tuple[str, Callable[[], Weights]]]:
             "prune": {"score": "sparsegpt", "pattern": "unstructured", "sparsity": 0.5, "allocation": "owl"}
         },
     }.items():
-        yield name, lambda step=step: made(step)
+        yield name, partial(made, step)
 
 
 def torchao() -> Iterator[tuple[str, Callable[[], Weights]]]:
@@ -178,7 +179,7 @@ def llmcompressor() -> Iterator[tuple[str, Callable[[], Weights]]]:
 def gptqmodel() -> Iterator[tuple[str, Callable[[], Weights]]]:
     """GPTQ."""
     cores = max(4, os.cpu_count() or 1)  # its pools ask for more workers than it makes for two cores, and it stops
-    os.cpu_count = lambda: cores  # type: ignore[assignment]
+    os.cpu_count = lambda: cores
     from gptqmodel import GPTQModel, QuantizeConfig
     from safetensors.torch import load_file
 

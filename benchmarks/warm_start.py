@@ -7,7 +7,6 @@ All validation documents are scored, not only those that the runs look at.
 
 from __future__ import annotations
 
-import torch
 from transformers import PreTrainedModel
 
 from calora.adapters.folder import read_plain_lora
@@ -24,7 +23,7 @@ from stages.config import load_params
 from stages.corpora import split_pools
 from stages.splits import read_split, read_task
 
-TASK, RECIPE = "movies", "q8_up"
+TASK, RECIPE, TEXTS = "movies", "q8_up", 128
 
 
 def with_teacher(model: PreTrainedModel) -> PreTrainedModel:
@@ -39,8 +38,8 @@ def main() -> None:
     params, task, tokenizer = load_params(), read_task(TASK), load_tokenizer(BASE)
     rows = [row for row in split_pools(params, params.data.sets[TASK], task)["validation"] if row["label"] is not None]
     validation = encode_all(task, tokenizer, rows)
-    texts = encode_all(task, tokenizer, read_split(TASK, "train"))[: params.inherit.calibration_texts]
-    uncompressed = with_teacher(load_model(BASE, torch.bfloat16, attention="eager"))
+    texts = encode_all(task, tokenizer, read_split(TASK, "train"))[:TEXTS]
+    uncompressed = with_teacher(load_model(BASE, attention="eager"))
     model = with_teacher(load(compressed(RECIPE), dense=True, attention="eager"))
     layers, whole = linear_layers(model), linear_layers(uncompressed)
     weights = {key: layer.weight.detach().clone() for key, layer in layers.items()}
