@@ -94,7 +94,7 @@ def ours() -> Iterator[tuple[str, Callable[[], Weights]]]:
         layers = linear_layers(model).items()
         return {f"{name}.weight": dense_weight(layer, torch.bfloat16) for name, layer in layers}
 
-    for name, step in {
+    steps: dict[str, dict[str, Any]] = {
         "int8": {"quantize": {"format": "int8"}},
         "int8, GPTQ": {"quantize": {"format": "int8", "rounding": "gptq"}},
         "nf4": {"quantize": {"format": "nf4"}},
@@ -110,7 +110,8 @@ def ours() -> Iterator[tuple[str, Callable[[], Weights]]]:
         "half, SparseGPT, OWL": {
             "prune": {"score": "sparsegpt", "pattern": "unstructured", "sparsity": 0.5, "allocation": "owl"}
         },
-    }.items():
+    }
+    for name, step in steps.items():
         yield name, partial(made, step)
 
 
