@@ -203,14 +203,15 @@ def run_all(
     graph: dict[str, list[str]], known: set[str], folder: Path, processes: Processes, sharing: Sharing
 ) -> dict[str, State]:
     """Every stage after those that it needs; one that fails leaves the branches that do not need it going."""
+    ended: set[UUID] = set()  # a stage whose need failed ends at once, NotReady
 
     def start(stage: str, needs: list[PrefectFuture[Any]]) -> PrefectFuture[Any]:
         task: Any = dvc_stage  # Prefect's types take either the arguments or `wait_for`
         future: PrefectFuture[Any] = task.submit(stage, folder, stage in known, processes, sharing, wait_for=needs)
+        future.add_done_callback(lambda one: ended.add(one.task_run_id))
         return future
 
-    def over(future: PrefectFuture[Any]) -> bool:  # a stage whose need failed stays pending, NotReady
-        return future.state.is_final() or future.state.name == "NotReady"
-
-    futures = in_turn(graph, start, over)
+    futures = in_turn(graph, start, lambda future: future.task_run_id in ended)
+    for future in futures.values():
+        future.wait()
     return {stage: future.state for stage, future in futures.items()}

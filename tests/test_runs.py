@@ -610,6 +610,7 @@ def test_a_stopped_run_is_gone_in_time_and_started_again_goes_on(project, prefec
         deadline = time.monotonic() + 90
         while len(list((project / ".cache/unfinished").glob("*/half"))) < number and time.monotonic() < deadline:
             time.sleep(0.1)
+        assert time.monotonic() < deadline
         (found,) = [pid for pid, line in processes(project).items() if victim in line and "guard.py" not in line]
         start = time.monotonic()
         os.kill(found, stop)
