@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "calora": {"calora", "torch", "transformers", "peft", "safetensors", "accelerate", "tqdm", "numpy"},
     "stages": {"calora", "stages", "pydantic", "yaml", "torch", "transformers", "safetensors", "datasets", "huggingface_hub", "sklearn", "matplotlib", "peft"},
     "pipeline": {
-        "pipeline", "stages", "calora", "dvc", "prefect", "pydantic", "yaml", "ruamel", "networkx", "rich", "tqdm", "numpy", "matplotlib",
+        "pipeline", "stages", "calora", "dvc", "prefect", "pydantic", "yaml", "ruamel", "filelock", "networkx", "rich", "tqdm", "numpy", "matplotlib",
         "vl_convert",
     },
 }  # fmt: skip
