@@ -21,7 +21,12 @@ from pipeline.repository import commit_of, experiments, git
 from tests.toyproject import left, make_toy, processes, start_run
 
 GONE = 10  # seconds until no process may be left of a run that was killed, or ended because a stage of it was
-VICTIMS = {"flow": "flow.ca_lora", "dvc": "-m dvc repro", "stage": "stages/", "server": "prefect server"}
+VICTIMS = {
+    "flow": "flow.ca_lora",
+    "dvc": "-m dvc --wait-for-lock repro",
+    "stage": "stages/",
+    "server": "prefect server",
+}
 
 
 def round_of(root: Path, number: int, dice: random.Random) -> str:

@@ -19,7 +19,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from calora.errors import CaloraError
-from pipeline.repository import bring_changes, bring_submodules, check_submodules, git, prefix
+from pipeline.repository import bring_changes, bring_submodules, check_can_keep, git, prefix
 
 RUNS, UNFINISHED = Path(".cache/runs"), Path(".cache/unfinished")
 OWN, DOWNLOADS = Path("own"), (Path(".cache/downloads"), Path(".cache/huggingface"))
@@ -34,7 +34,7 @@ def checkout(root: Path, commit: str, take_along: bool) -> Iterator[Path]:
     Args:
         take_along: bring the uncommitted changes of the working tree.
     """
-    check_submodules(root)
+    check_can_keep(root)
     sweep(root)
     folder = root / RUNS / uuid4().hex[:12]
     folder.parent.mkdir(parents=True, exist_ok=True)

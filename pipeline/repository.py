@@ -128,8 +128,8 @@ def bring_changes(root: Path, inside: Path) -> None:
     git(inside, "restore", f"--source={tree}", "--staged", "--worktree", "--", *ours)
 
 
-def check_submodules(root: Path) -> None:
-    """Raise `CaloraError` where the project is a submodule, or holds one that is not there: DVC could save no experiment."""
+def check_can_keep(root: Path) -> None:
+    """Raise `CaloraError` where DVC could save no experiment: of a submodule, beside one that is not there, by nobody."""
     if asked(root, "config", "--get", "core.worktree"):
         fix = "clone it by itself and run there; `make run` works here too"
         raise CaloraError(
@@ -138,6 +138,10 @@ def check_submodules(root: Path) -> None:
     absent = [name for name, folder in submodules(root).items() if not folder.exists()]
     if absent:
         raise CaloraError("submodules", "to be there", f"without {', '.join(absent)}", "git submodule update --init")
+    unset = [key for key in ("user.name", "user.email") if not asked(root, "config", "--get", key)]
+    if unset:
+        fix = " && ".join(f'git config {key} "..."' for key in unset)
+        raise CaloraError("git", "who you are: an experiment is a commit", f"no {' and no '.join(unset)}", fix)
 
 
 def submodules(root: Path) -> dict[str, Path]:

@@ -298,6 +298,14 @@ def test_a_project_that_is_a_submodule_is_told_so_before_any_stage_runs(tmp_path
     assert left(above / "inner") == []
 
 
+def test_an_unknown_author_is_told_so_before_any_stage_runs(project, monkeypatch):
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    monkeypatch.setenv("GIT_CONFIG_SYSTEM", os.devnull)
+    git(project, "config", "--unset", "user.email")
+    with pytest.raises(CaloraError, match=r"git config user\.email"), checkout(project, "HEAD", take_along=False):
+        pass
+
+
 # Names
 
 
