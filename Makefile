@@ -37,8 +37,8 @@ convergence: setup  ## validation accuracy against step on compressed models (TA
 smoke: setup  ## the same stages and real input on a few hundred texts, in .smoke
 	@$(BIN)/python -m pipeline smoke
 
-test: setup  ## all tests
-	@$(BIN)/python -m pytest
+test: setup  ## all tests, two files at a time, one thread each (JOBS=2)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(or $(JOBS),2) --dist loadfile
 
 lint: setup  ## ruff, format, strict types, spelling
 	@$(BIN)/ruff check .

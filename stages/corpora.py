@@ -17,6 +17,12 @@ from stages.files import Rows, own_path, read_file
 from stages.sources import fetch, first_line, read_member
 
 SPLITS = ("train", "validation", "test")
+NETWORK = {
+    "ConnectionError",
+    "ConnectTimeout",
+    "TimeoutError",
+    "TransportError",
+}  # of requests, httpx and Python, by name
 
 
 def task_of(name: str, source: DataSet) -> Task:
@@ -119,7 +125,9 @@ def _read(source: Files | HubData, split: str) -> tuple[str, Rows]:
     try:
         return where, list(load_dataset(source.repo, source.subset, revision=source.revision, split=name))
     except Exception as error:  # datasets raises many kinds for "not reached", "no such split", "not parsed"
-        raise CaloraError(where, "rows", first_line(error), "check the source in params.yaml") from None
+        unanswered = NETWORK & {kind.__name__ for kind in type(error).__mro__}
+        expected = "an answer" if unanswered else "rows"
+        raise CaloraError(where, expected, first_line(error), "check the source in params.yaml") from None
 
 
 def _labelled(where: str, rows: Rows, source: Files | HubData, task: Task, split: str) -> Rows:

@@ -146,3 +146,16 @@ def test_a_dataset_of_the_hub(hub, tmp_path):
     change(folder, "data.sets", {"toy": {**data, "test": "exam"}})
     result = stage(folder, address, "stages.download", "toy")
     assert result.returncode == 1 and "us/toy, split exam" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_network_that_gives_no_answer_is_told_from_a_mistake(tmp_path):
+    """A run tries the one again, and not the other (`pipeline.graph.NO_ANSWER`)."""
+    folder = make_project(tmp_path / "p")
+    data = {
+        "source": "hub", "repo": "us/toy", "revision": COMMIT, "subset": None, "train": "train", "validation": None,
+        "test": "test", "label": "label", "labels": [0, 1], "prompt": "Review: {text} Sentiment:",
+        "answers": ["negative", "positive"], "max_tokens": 32, "max_new_tokens": 3,
+    }  # fmt: skip
+    change(folder, "data.sets", {"toy": data})
+    result = stage(folder, "http://127.0.0.1:9", "stages.download", "toy")
+    assert result.returncode == 1 and "expected an answer, " in result.stderr, result.stderr

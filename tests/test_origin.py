@@ -178,7 +178,7 @@ def test_an_inherited_lora_makes_up_for_the_inputs_that_were_cut(tmp_path, toy):
     teacher = teacher_of(load_model(base, torch.float32), EVERY)
     step = {"shrink": {"importance": "activation", "compensate": True, "neurons": 0.5, "heads": 0.5}}
     report = compress(model, [step], Calibration(toy[2]))
-    origin = Origin(report["kept"], report["layers_kept"])
+    origin = Origin(report.kept, report.layers_kept)
     with pytest.raises(CaloraError, match=r"reference: expected the uncompressed model, for the LoRA on .*lost inputs"):
         inherit(model, teacher, origin=origin)
     adapter, told = inherit(model, teacher, reference=whole, calibration=toy[2], origin=origin)

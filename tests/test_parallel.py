@@ -6,6 +6,7 @@ import runpy
 import subprocess
 import sys
 from functools import partial
+from importlib.machinery import ModuleSpec
 
 import pytest
 import torch
@@ -147,5 +148,6 @@ def test_a_stage_that_trains_starts_a_process_for_each_gpu(monkeypatch, gpus, as
         monkeypatch.setenv("CALORA_PROCESSES", asked)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(os, "execv", lambda _, command: commands.append(command))
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", ModuleSpec("stages.teacher", None))
     common.launch()
     assert [command[command.index("--num_processes") + 1] for command in commands] == started

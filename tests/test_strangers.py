@@ -179,7 +179,7 @@ def test_a_cut_layer_and_a_fold_keep_peft_s_own_scale(base, tmp_path, case):
     examples = encode_all(TASK, load_tokenizer(base), toy_rows(8, 1))
     step = {"shrink": {"importance": "activation", "compensate": False, "layers": 0.5}}
     report = compress(model, [step], Calibration(examples))
-    origin = calora.adapters.origin.Origin(report["kept"], report["layers_kept"])
+    origin = calora.adapters.origin.Origin(report.kept, report.layers_kept)
     cut, told = carry_lora(model, adapter, origin)
     assert told.dropped and told.mapped
     for layer in told.mapped:
