@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from calora.common.artifacts import check_tensors, fingerprint, whole_directory
+from calora.common.artifacts import check_tensors, fingerprint, whole_directory, write_json
+from calora.common.versions import FILE, versions
 from calora.errors import CaloraError
 from calora.models.loading import load_tokenizer
 from stages.common import BASE, SMALL, run
@@ -30,6 +31,7 @@ def main(params: Params) -> None:
                 copy_model(snapshot(source) if isinstance(source, Hub) else folder_of(source), scratch)
                 check_fingerprint(scratch, source)
             check(scratch, target)
+            write_json(scratch / FILE, versions())
 
 
 def check(directory: Path, name: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from calora.common.artifacts import whole_directory, write_json
+from calora.common.versions import versions
 from calora.evaluation.statistics import mean_interval, paired_difference, recovered_share
 from stages.common import evaluated, results, run
 from stages.config import Params
@@ -43,6 +44,7 @@ def summary(params: Params, methods: dict[str, Scored]) -> dict[str, Any]:
         "ours": ours,
         "baseline": key_of(params.evaluate.baseline),
         "test_items": len(whole.correct),
+        "versions": versions(),
     }
     if baseline is None:
         return found

@@ -15,8 +15,9 @@ from calora.adapters.cards import plain_card
 from calora.adapters.folder import CONFIG, read_plain_lora, write_adapter
 from calora.adapters.foreign import import_lora
 from calora.adapters.lora import attach_adapter, check_targets, lora_config, set_active
-from calora.common.artifacts import replace_directory
+from calora.common.artifacts import replace_directory, write_json
 from calora.common.parallel import only_first_goes_on, place
+from calora.common.versions import FILE, versions
 from calora.distillation.targets import write_targets
 from calora.distillation.training import Checkpoint
 from calora.models.loading import load_model, load_tokenizer, training_attention
@@ -52,7 +53,8 @@ def take_imported(task: Task, theirs: Path, model: Any) -> None:
     """The user's own adapter, checked against the base and converted where it can be."""
     only_first_goes_on()
     adapter = import_lora(theirs, model)
-    write_adapter(teacher(task.name), adapter, str(BASE), plain_card(task, str(BASE)), torch.bfloat16)
+    card, notes = plain_card(task, str(BASE)), {FILE: versions()}
+    write_adapter(teacher(task.name), adapter, str(BASE), card, torch.bfloat16, notes)
 
 
 def store_targets(params: Params, task: Task) -> None:
@@ -73,6 +75,7 @@ def store_targets(params: Params, task: Task) -> None:
                 unfinished / split, model, task, tokenizer, examples,
                 params.train.eval_batch_size, params.teacher.top_k, f"{task.name}: targets of {split}",
             )  # fmt: skip
+    write_json(unfinished / FILE, versions())
     replace_directory(unfinished, targets(task.name))
     shutil.rmtree(CHECKPOINTS / targets(task.name))  # with what an earlier, abandoned run left there
 

@@ -16,7 +16,7 @@ from calora.adapters.cards import plain_card
 from calora.adapters.folder import write_adapter
 from calora.common.artifacts import sha256
 from calora.common.parallel import only_first_goes_on
-from calora.common.versions import versions
+from calora.common.versions import FILE, versions
 from calora.distillation.distill import finetune
 from calora.distillation.training import Checkpoint, Schedule
 from calora.evaluation.predict import accuracy
@@ -85,5 +85,6 @@ def train_lora(
         batch_size=params.train.batch_size, schedule=schedule(params), seed=params.seed, checkpoint=saved, title=str(folder),
     )  # fmt: skip
     only_first_goes_on()
-    write_adapter(folder, adapter, str(base), plain_card(task, str(base)), dtype, {"history.json": history.to_json()})
+    notes = {"history.json": history.to_json(), FILE: versions()}
+    write_adapter(folder, adapter, str(base), plain_card(task, str(base)), dtype, notes)
     return saved

@@ -1,5 +1,6 @@
 """Every stage on tiny models, in one process: Llama and T5, scored and generated answers; and the adapters that they make."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -16,11 +17,13 @@ import calora
 from calora.adapters.fold import fold
 from calora.adapters.folder import read_adapter, write_adapter
 from calora.adapters.lora import Adapter, set_active
+from calora.common.versions import versions
 from calora.errors import CaloraError
 from calora.models.families import family_of
 from calora.models.loading import load_model
 from calora.models.tasks import Example
 from stages.config import load_params
+from stages.training import digest, run_key
 from tests.conftest import ROOT, change, make_project
 
 FIRST = (
@@ -88,6 +91,47 @@ def test_results_hold_the_interface(project):
     assert methods["clm"]["bytes_on_disk"] == compressed
     assert len(list((project / "results/plots").glob("*.png"))) == 2
     assert "CA-LoRA" in (project / "results/table.md").read_text()
+
+
+def test_every_artifact_records_the_versions_that_made_it(project):
+    found = {
+        "models/base/versions.json": None, "models/small/versions.json": None, "models/teacher/toy/versions.json": None,
+        "models/targets/toy/versions.json": None, "models/small_lora/toy/versions.json": None,
+        "models/compressed/q8_up/compression.json": "versions", "models/inherited/toy/q8_up/calora/calora.json": "versions",
+        "models/calora/toy/q8_up/calora.json": "versions", "results/toy/q8_up/metrics.json": "versions",
+    }  # fmt: skip
+    for file, key in found.items():
+        content = json.loads((project / file).read_text())
+        assert (content[key] if key else content) == versions(), file
+
+
+def test_a_checkpoint_is_of_one_code_data_targets_settings_and_start(project, tmp_path):
+    """Each of them changed alone gives another key; the same again the same."""
+    params = load_params(project / "params.yaml")
+    folder = tmp_path / "p"
+    shutil.copytree(project, folder, symlinks=True)
+    inputs = [Path("models/inherited/toy/q8_up/calora"), Path("models/compressed/q8_up"), Path("models/targets/toy")]
+
+    def key(settings=0, **more):
+        with contextlib.chdir(folder):
+            return run_key(params.model_copy(update=more), "toy", inputs, settings)
+
+    keys = [key(), key(settings=1), key(seed=1), key(train=params.train.model_copy(update={"lr": 0.01}))]
+    for file in (
+        "models/inherited/toy/q8_up/calora/calora.json",
+        "models/targets/toy/versions.json",
+        "data/toy/train.jsonl",
+    ):
+        before = (folder / file).read_bytes()
+        (folder / file).write_bytes(before.replace(b"a", b"b", 1))
+        keys.append(key())
+        (folder / file).write_bytes(before)
+    assert len(set(keys)) == len(keys) and key() == keys[0]
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code/a.py").write_text("1")
+    first = digest(tmp_path / "code", suffixes=(".py",))
+    (tmp_path / "code/a.py").write_text("2")
+    assert digest(tmp_path / "code", suffixes=(".py",)) != first
 
 
 def test_splits_are_disjoint(project):

@@ -100,11 +100,6 @@ def _digest(about: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def lora_bytes(directory: Path) -> int:
-    """Bytes of an adapter folder that its LoRA needs: the weights and their configuration; 0 without a LoRA."""
-    return sum((directory / name).stat().st_size for name in (CONFIG, LORA) if (directory / name).exists())
-
-
 def read_plain_lora(directory: Path) -> Adapter:
     """Read a PEFT LoRA folder (safetensors only), by the tensors' names as PEFT writes them.
 

@@ -6,6 +6,7 @@ from importlib.metadata import version
 
 from calora import __version__
 
+FILE = "versions.json"  # beside weights that have no other place to say it
 LIBRARIES = ("torch", "transformers", "peft", "safetensors")
 
 
