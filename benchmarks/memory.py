@@ -16,7 +16,7 @@ import torch
 
 from calora.adapters.folder import read_adapter
 from calora.adapters.lora import lora_config
-from calora.common.artifacts import read_json
+from calora.common.files import read_json
 from calora.compressed import load
 from calora.distillation.distill import Pool, distill, finetune
 from calora.distillation.targets import Target, Targets

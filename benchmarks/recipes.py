@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from calora.common.artifacts import read_json, write_json, write_text
+from calora.common.files import read_json, write_json, write_text
 from stages import plots, tables
 from stages.common import BASE, compressed, results
 from stages.config import load_params

@@ -14,7 +14,8 @@ from calora.adapters.folder import read_adapter
 from calora.adapters.lora import attach_adapter, detach_adapter, set_active
 from calora.adapters.origin import Origin
 from calora.adapters.prompts import task_of
-from calora.common.artifacts import check_tensors, fingerprint, read_json, read_tensors, stored_tensors
+from calora.common.files import check_tensors, fingerprint, read_json
+from calora.common.tensors import read_tensors, stored_tensors
 from calora.errors import CaloraError
 from calora.evaluation.predict import predict
 from calora.layers.layout import build, prepared

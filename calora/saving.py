@@ -9,7 +9,8 @@ from pathlib import Path
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from calora.common.artifacts import fingerprint, whole_directory, write_json, write_tensors
+from calora.common.files import fingerprint, whole_directory, write_json
+from calora.common.tensors import write_tensors
 from calora.errors import CaloraError
 from calora.formats import quantization_config, stored_as
 from calora.layers.experts import ExpertLinear, Experts

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.table import Table
 
-from calora.common.artifacts import write_text
+from calora.common.files import write_text
 from pipeline.experiment import Experiment, differing, read_experiment
 from pipeline.page import page
 from pipeline.seeds import over_seeds

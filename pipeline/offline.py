@@ -10,7 +10,7 @@ from pathlib import Path
 
 import vl_convert
 
-from calora.common.artifacts import write_text
+from calora.common.files import write_text
 from pipeline.process import DVC, environment
 from pipeline.settings import ROOT
 

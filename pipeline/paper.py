@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from calora.common.artifacts import write_text
+from calora.common.files import write_text
 from calora.evaluation.statistics import difference_over_seeds, mean_over_seeds
 from pipeline.experiment import files_of
 from pipeline.seeds import NOTE, spelled

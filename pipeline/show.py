@@ -15,7 +15,7 @@ from prefect.artifacts import (
     create_table_artifact,
 )
 
-from calora.common.artifacts import write_text
+from calora.common.files import write_text
 from calora.errors import CaloraError
 from pipeline.experiment import WORKSPACE, Experiment, differing, read_experiment
 from pipeline.page import page

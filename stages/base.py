@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from calora.common.artifacts import check_tensors, fingerprint, whole_directory, write_json
+from calora.common.files import check_tensors, fingerprint, whole_directory, write_json
 from calora.common.versions import FILE, versions
 from calora.errors import CaloraError
 from calora.models.loading import load_tokenizer

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 
-from calora.common.artifacts import write_text
+from calora.common.files import write_text
 from calora.errors import CaloraError
 from stages.common import CALIBRATION, run
 from stages.config import Params, Scores

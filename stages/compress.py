@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import calora
-from calora.common.artifacts import bytes_on_disk, fingerprint, write_json
+from calora.common.files import bytes_on_disk, fingerprint, write_json
 from calora.compression import check_recipe, compress, fingerprint_of
 from calora.compression.walk import Calibration
 from calora.errors import CaloraError

@@ -13,7 +13,7 @@ import torch
 from calora.adapters.cards import calora_card
 from calora.adapters.folder import read_adapter, write_adapter
 from calora.adapters.lora import Adapter, attach_adapter, set_active
-from calora.common.artifacts import read_json, whole_directory, write_text
+from calora.common.files import read_json, whole_directory, write_text
 from calora.common.parallel import only_first_goes_on, place
 from calora.compressed import Compressed, load
 from calora.distillation.distill import Pool, distill

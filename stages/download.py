@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from calora.common.artifacts import check_tensors, fingerprint, read_json, whole_directory, write_json, write_text
+from calora.common.files import check_tensors, fingerprint, read_json, whole_directory, write_json, write_text
 from calora.errors import CaloraError
 from calora.models.tasks import Task
 from stages.common import brought, data, run

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from calora.common.artifacts import whole_directory, write_json
+from calora.common.files import whole_directory, write_json
 from calora.common.versions import versions
 from calora.evaluation.statistics import mean_interval, paired_difference, recovered_share
 from stages.common import evaluated, results, run

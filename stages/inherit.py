@@ -11,7 +11,7 @@ import torch
 from calora.adapters.cards import plain_card
 from calora.adapters.folder import read_plain_lora, write_adapter
 from calora.adapters.lora import Adapter, check_targets, lora_config
-from calora.common.artifacts import fingerprint, read_json
+from calora.common.files import fingerprint, read_json
 from calora.compressed import Compressed, load
 from calora.inheritance.fresh import equal_budget, fresh_adapter
 from calora.inheritance.inherit import Bypass, Inheritance, inherit

@@ -6,7 +6,7 @@ from another (`like`, `budget`) is seen by DVC: it compares what is written here
 
 from __future__ import annotations
 
-from calora.common.artifacts import whole_directory, write_json
+from calora.common.files import whole_directory, write_json
 from stages.common import METHODS, run
 from stages.config import Params
 from stages.resolve import resolve

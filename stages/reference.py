@@ -12,7 +12,7 @@ import torch
 
 from calora.adapters.folder import read_plain_lora
 from calora.adapters.lora import attach_adapter, set_active
-from calora.common.artifacts import bytes_on_disk, write_json
+from calora.common.files import bytes_on_disk, write_json
 from calora.models.loading import load_model, load_tokenizer, training_attention
 from stages.common import BASE, SMALL, results, run, small_lora, teacher
 from stages.config import Params

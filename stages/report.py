@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from calora.common.artifacts import read_json, whole_directory, write_json, write_text
+from calora.common.files import read_json, whole_directory, write_json, write_text
 from stages import plots, tables
 from stages.common import evaluated, results, run
 from stages.config import Params

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 
 from calora.adapters.folder import read_adapter
-from calora.common.artifacts import bytes_on_disk, read_json, write_json
+from calora.common.files import bytes_on_disk, read_json, write_json
 from calora.compressed import load
 from calora.models.loading import training_attention
 from calora.models.tasks import Task

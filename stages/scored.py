@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from calora.common.artifacts import read_json
+from calora.common.files import read_json
 
 
 @dataclass(frozen=True)

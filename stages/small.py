@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from calora.adapters.lora import lora_config
-from calora.common.artifacts import whole_directory, write_json
+from calora.common.files import whole_directory, write_json
 from calora.common.parallel import only_first_goes_on
 from calora.models.anatomy import linear_layers
 from calora.models.loading import load_model, load_tokenizer

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 
 import requests
 
-from calora.common.artifacts import sha256
+from calora.common.files import sha256
 from calora.errors import CaloraError
 from stages.index import Link, Pip
 

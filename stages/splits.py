@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from calora.common.artifacts import read_json
+from calora.common.files import read_json
 from calora.models.tasks import Example, Task, read_rows
 from stages.common import CALIBRATION, data
 

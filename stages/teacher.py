@@ -15,7 +15,7 @@ from calora.adapters.cards import plain_card
 from calora.adapters.folder import CONFIG, read_plain_lora, write_adapter
 from calora.adapters.foreign import import_lora
 from calora.adapters.lora import attach_adapter, check_targets, lora_config, set_active
-from calora.common.artifacts import replace_directory, write_json
+from calora.common.files import replace_directory, write_json
 from calora.common.parallel import only_first_goes_on, place
 from calora.common.versions import FILE, versions
 from calora.distillation.targets import write_targets

@@ -14,7 +14,7 @@ from peft import LoraConfig
 import calora
 from calora.adapters.cards import plain_card
 from calora.adapters.folder import write_adapter
-from calora.common.artifacts import sha256
+from calora.common.files import sha256
 from calora.common.parallel import only_first_goes_on
 from calora.common.versions import FILE, versions
 from calora.distillation.distill import finetune

@@ -26,7 +26,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from calora.common.artifacts import fingerprint
+from calora.common.files import fingerprint
 from calora.models.loading import load_model, load_tokenizer
 from calora.models.tasks import Task, encode_all
 

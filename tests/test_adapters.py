@@ -24,7 +24,7 @@ from calora.adapters.lora import (
     take_adapter,
 )
 from calora.adapters.prompts import check_prompt
-from calora.common.artifacts import fingerprint
+from calora.common.files import fingerprint
 from calora.common.versions import versions
 from calora.compressed import load
 from calora.compression import compress

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from calora.common.artifacts import write_text
+from calora.common.files import write_text
 from calora.errors import CaloraError
 from pipeline import experiment as reading
 from pipeline.compare import compare, overview

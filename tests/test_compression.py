@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PhiConfig,
 import calora
 import calora.plugin  # from_pretrained then knows our format
 from calora.adapters.lora import Adapter, attach_adapter, inject, lora_config, lora_state, set_active
-from calora.common.artifacts import bytes_on_disk, read_json, write_json
+from calora.common.files import bytes_on_disk, read_json, write_json
 from calora.compressed import load
 from calora.compression import compress
 from calora.compression.gptq import gptq

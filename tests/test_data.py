@@ -13,7 +13,8 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast, T5Config
 
-from calora.common.artifacts import fingerprint, read_json, write_json, write_tensors
+from calora.common.files import fingerprint, read_json, write_json
+from calora.common.tensors import write_tensors
 from calora.errors import CaloraError
 from calora.models.tasks import Task, positions
 from stages import download, small

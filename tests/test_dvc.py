@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from calora.common.artifacts import sha256
+from calora.common.files import sha256
 from tests.conftest import change, make_project
 from tests.test_stages import calibration_texts
 
@@ -51,7 +51,7 @@ def project(tmp_path_factory):
     (folder / "dvc.yaml").write_text(text)
     calibration_texts(folder)
     change(folder, "recipes", ["q8", "q8_up"])
-    change(folder, "compare", ["clm_lora", "calora"])  # each stage is a process, and takes seconds to import torch
+    change(folder, "compare", ["calora"])  # each stage is a process, and takes seconds to import torch
     subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
     dvc(folder, "init", "-q")
     dvc(folder, "repro")
@@ -79,7 +79,7 @@ def test_alpha_reruns_distill_and_evaluate_and_going_back_restores(project):
 def test_a_recipe_reruns_only_what_follows_from_it(project):
     change(project, "compress.q8", [{"quantize": {"format": "int8", "embeddings": "none"}}])
     output = ran(dvc(project, "repro"))
-    of_methods = {f"{stage}@toy-q8-{m}" for stage in ("inherit", "distill", "score") for m in ("clm_lora", "calora")}
+    of_methods = {f"{stage}@toy-q8-calora" for stage in ("inherit", "distill", "score")}
     assert {"compress@q8", *of_methods, "evaluate@toy-q8"} <= output
     assert not [stage for stage in output if "q8_up" in stage or stage.startswith(("teacher", "download", "reference"))]
 
@@ -103,11 +103,6 @@ def test_a_docstring_reruns_its_stage_at_most(project):
     ("stage", "how", "made"),
     [
         (("distill", "toy", "q8_up", "calora"), signal.SIGINT, "models/calora/toy/q8_up/recovery.safetensors"),
-        (
-            ("distill", "toy", "q8_up", "clm_lora"),
-            signal.SIGKILL,
-            "models/clm_lora/toy/q8_up/adapter_model.safetensors",
-        ),
         (("teacher", "toy"), signal.SIGKILL, "models/teacher/toy/adapter_model.safetensors"),
     ],
 )

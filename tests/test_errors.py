@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from calora.common.artifacts import read_tensors, whole_directory, write_json, write_tensors
+from calora.common.files import whole_directory, write_json
+from calora.common.tensors import read_tensors, write_tensors
 from calora.errors import CaloraError
 from calora.models.loading import load_model, load_tokenizer
 from calora.models.tasks import read_rows
@@ -169,7 +170,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise SafetensorError("I/O error: No space left on device (os error 28)")  # as safetensors says it
 
-    monkeypatch.setattr("calora.common.artifacts.save_file", full)
+    monkeypatch.setattr("calora.common.tensors.save_file", full)
     with pytest.raises(OSError) as caught, whole_directory(tmp_path / "out") as scratch:
         write_json(scratch / "a.json", {})
         write_tensors(scratch / "b.safetensors", {"a": torch.ones(1)})

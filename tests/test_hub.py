@@ -12,7 +12,7 @@ from urllib.parse import urlparse
 
 import pytest
 
-from calora.common.artifacts import fingerprint
+from calora.common.files import fingerprint
 from calora.errors import CaloraError
 from stages.config import load_params
 from tests.conftest import change, make_model, make_project, toy_rows

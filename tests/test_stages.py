@@ -259,7 +259,7 @@ def test_an_adapter_of_ones_own_is_imported(project, tmp_path, monkeypatch):
     folder = tmp_path / "p"
     shutil.copytree(project, folder, symlinks=True)
     monkeypatch.chdir(folder)
-    own = calora.common.artifacts.fingerprint(folder / "models/teacher/toy")
+    own = calora.common.files.fingerprint(folder / "models/teacher/toy")
     shutil.copytree(folder / "models/teacher/toy", folder / "own/lora")
     change(folder, "teacher.adapters", {"toy": {"path": "own/lora", "sha256": "0" * 64}})
     with pytest.raises(CaloraError, match=own):
@@ -267,7 +267,7 @@ def test_an_adapter_of_ones_own_is_imported(project, tmp_path, monkeypatch):
     change(folder, "teacher.adapters", {"toy": {"path": "own/lora"}})
     for stage in ("download", "teacher"):
         importlib.import_module(f"stages.{stage}").main(load_params(), "toy")
-    assert calora.common.artifacts.fingerprint(folder / "models/teacher/toy") == own
+    assert calora.common.files.fingerprint(folder / "models/teacher/toy") == own
 
 
 def test_the_snippet_of_the_readme_runs(project, monkeypatch, capsys):

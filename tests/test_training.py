@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from calora.adapters.lora import inject, lora_config, lora_state, set_active
-from calora.common.artifacts import whole_directory
 from calora.common.batching import epoch_batches, equal_length_batches, length_batches
+from calora.common.files import whole_directory
 from calora.common.progress import progress
 from calora.distillation.distill import finetune, trainable
 from calora.distillation.loss import answer_divergence, hidden_distance, task_loss

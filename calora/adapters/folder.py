@@ -15,16 +15,8 @@ from peft import LoraConfig
 from calora.adapters.features import plain_lora
 from calora.adapters.lora import PREFIX, Adapter
 from calora.adapters.prompts import task_of
-from calora.common.artifacts import (
-    check_tensors,
-    read_json,
-    read_tensors,
-    sha256,
-    whole_directory,
-    write_json,
-    write_tensors,
-    write_text,
-)
+from calora.common.files import check_tensors, read_json, sha256, whole_directory, write_json, write_text
+from calora.common.tensors import read_tensors, write_tensors
 from calora.common.versions import versions
 from calora.errors import CaloraError
 from calora.recovery.bypass import ACTIVATIONS

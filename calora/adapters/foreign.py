@@ -27,7 +27,8 @@ from calora.adapters.lora import (
     lora_state,
     plain_config,
 )
-from calora.common.artifacts import read_json, read_tensors
+from calora.common.files import read_json
+from calora.common.tensors import read_tensors
 from calora.errors import CaloraError
 from calora.models.anatomy import linear_layers
 

@@ -19,9 +19,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from calora.common.artifacts import write_tensors
 from calora.common.batching import equal_length_batches, length_batches
 from calora.common.progress import progress
+from calora.common.tensors import write_tensors
 from calora.errors import CaloraError
 from calora.layers.layout import dense_weight, restore, store
 from calora.models.anatomy import block_layers, stacks

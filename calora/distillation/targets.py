@@ -15,9 +15,10 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from calora.common.artifacts import check_tensors, write_tensors
 from calora.common.batching import length_batches
+from calora.common.files import check_tensors
 from calora.common.progress import progress
+from calora.common.tensors import write_tensors
 from calora.errors import CaloraError
 from calora.models.families import Batch, Output, family_of
 from calora.models.tasks import Example, Task

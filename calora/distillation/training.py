@@ -18,9 +18,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from calora.common.artifacts import read_tensors, write_tensors
 from calora.common.parallel import average, is_first, total
 from calora.common.progress import progress
+from calora.common.tensors import read_tensors, write_tensors
 from calora.errors import CaloraError
 
 Losses = dict[str, Tensor]

@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from calora.common.artifacts import check_tensors
+from calora.common.files import check_tensors
 from calora.errors import CaloraError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}

@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from string import Formatter
-from typing import Any
-
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from calora.errors import CaloraError
+
+if TYPE_CHECKING:  # takes seconds to import, and downloads need no tokenizer
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 Row = Mapping[str, Any]
 AFTER_PADDING = {  # these count positions from the padding token's number + 1 on, as RoBERTa does
