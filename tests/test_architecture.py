@@ -43,6 +43,24 @@ def test_imports_go_one_way(package):
         assert imported(file) <= MAY_IMPORT[package], file
 
 
+FLOORS = (  # of calora, from the ground up: a room imports from the floors below it, and from itself
+    {"errors", "common"}, {"recovery", "models"}, {"layers"}, {"adapters", "evaluation", "formats"}, {"compression"},
+    {"saving", "inheritance", "distillation"}, {"compressed", "plugin"},
+)  # fmt: skip
+
+
+def test_no_room_of_calora_imports_from_above():
+    floor = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+    for file in (ROOT / "calora").rglob("*.py"):
+        room = file.relative_to(ROOT / "calora").parts[0].removesuffix(".py")
+        if room == "__init__":  # names load from anywhere, on first use
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            parts = (getattr(node, "module", None) or "").split(".") if isinstance(node, ast.ImportFrom) else []
+            if parts[:1] == ["calora"] and len(parts) > 1:
+                assert parts[1] == room or floor[parts[1]] < floor[room], f"{file} imports {node.module}"
+
+
 def test_calora_knows_no_project_paths():
     for file in (ROOT / "calora").rglob("*.py"):
         strings = [n.value for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Constant)]

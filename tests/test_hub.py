@@ -18,6 +18,11 @@ from stages.config import load_params
 from tests.conftest import change, make_model, make_project, toy_rows
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+DATA = {
+    "source": "hub", "repo": "us/toy", "revision": COMMIT, "subset": None, "train": "train", "validation": None,
+    "test": "test", "label": "label", "labels": [0, 1], "prompt": "Review: {text} Sentiment:",
+    "answers": ["negative", "positive"], "max_tokens": 32, "max_new_tokens": 3,
+}  # fmt: skip
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -132,18 +137,13 @@ def test_a_dataset_of_the_hub(hub, tmp_path):
         lines = "".join(json.dumps(row) + "\n" for row in toy_rows(count, len(split)))
         (root / f"datasets/us/toy/data/{split}.jsonl").write_text(lines)
     folder = make_project(tmp_path / "p")
-    data = {
-        "source": "hub", "repo": "us/toy", "revision": COMMIT, "subset": None, "train": "train", "validation": None,
-        "test": "test", "label": "label", "labels": [0, 1], "prompt": "Review: {text} Sentiment:",
-        "answers": ["negative", "positive"], "max_tokens": 32, "max_new_tokens": 3,
-    }  # fmt: skip
-    change(folder, "data.sets", {"toy": data})
+    change(folder, "data.sets", {"toy": DATA})
     result = stage(folder, address, "stages.download", "toy")
     assert result.returncode == 0, result.stderr
     rows = {s: (folder / f"data/toy/{s}.jsonl").read_text().splitlines() for s in ("train", "validation", "test")}
     assert len(rows["test"]) == 16 and len(rows["train"]) == 24 and rows["validation"]
 
-    change(folder, "data.sets", {"toy": {**data, "test": "exam"}})
+    change(folder, "data.sets", {"toy": {**DATA, "test": "exam"}})
     result = stage(folder, address, "stages.download", "toy")
     assert result.returncode == 1 and "us/toy, split exam" in result.stderr and "Traceback" not in result.stderr
 
@@ -151,11 +151,6 @@ def test_a_dataset_of_the_hub(hub, tmp_path):
 def test_a_network_that_gives_no_answer_is_told_from_a_mistake(tmp_path):
     """A run tries the one again, and not the other (`pipeline.graph.NO_ANSWER`)."""
     folder = make_project(tmp_path / "p")
-    data = {
-        "source": "hub", "repo": "us/toy", "revision": COMMIT, "subset": None, "train": "train", "validation": None,
-        "test": "test", "label": "label", "labels": [0, 1], "prompt": "Review: {text} Sentiment:",
-        "answers": ["negative", "positive"], "max_tokens": 32, "max_new_tokens": 3,
-    }  # fmt: skip
-    change(folder, "data.sets", {"toy": data})
+    change(folder, "data.sets", {"toy": DATA})
     result = stage(folder, "http://127.0.0.1:9", "stages.download", "toy")
     assert result.returncode == 1 and "expected an answer, " in result.stderr, result.stderr
