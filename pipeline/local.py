@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import yaml
 from rich.console import Console
@@ -20,11 +21,12 @@ from pipeline.graph import WAITS, StageFailed, TryAgain, in_turn, run_stage, sta
 from pipeline.process import CHECK_PARAMS, DVC, Processes, environment, workers
 from pipeline.settings import ROOT
 from pipeline.times import Clock, Times
+from stages.resolve import merged
 
-SMOKE = {
+SMOKE: dict[str, Any] = {
     "data": {"sizes": {"train": 96, "unlabelled": 48, "validation": 32, "test": 64}},
     "train": {"steps": 6, "batch_size": 8, "warmup": 2, "eval_every": 6},
-    "inherit": {"calibration_texts": 32},
+    "methods": {"calora": {"start": {"calibration_texts": 32}}},
     "compress": {"calibration": {"texts": 32}},
 }
 NO_GIT = """This folder is no git repository: the pipeline runs, but `dvc exp` (comparing runs) needs one. To have it:
@@ -117,15 +119,6 @@ def patiently(stage: str, folder: Path, processes: Processes, say: Callable[[str
             say(f"{error}; again in {seconds} s")
             time.sleep(seconds)
     return run_stage(stage, folder, processes, say)
-
-
-def merged(base: dict[str, object], change: dict[str, object]) -> dict[str, object]:
-    """`base` with the leaves of `change`."""
-    result = dict(base)
-    for key, value in change.items():
-        old = result.get(key)
-        result[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return result
 
 
 def smoke() -> int:

@@ -12,9 +12,10 @@ from calora.adapters.folder import read_adapter
 from calora.distillation.loss import Weights, loss_of
 from calora.errors import CaloraError
 from calora.models.families import Batch, Output
+from pipeline.local import SMOKE
 from stages.config import load_params
 from stages.looks import LOOKS, key_of, look_of
-from stages.resolve import resolve
+from stages.resolve import merged, resolve
 from tests.conftest import ROOT, change, make_project
 from tests.test_stages import FIRST, LAST, OF_METHODS, calibration_texts
 
@@ -86,6 +87,13 @@ def test_a_start_is_the_same_whatever_is_learnt_from_it(project):
     a, b = (read_adapter(project / "models/inherited/toy/q8_up" / method) for method in ("calora", "no_labels"))
     assert all(torch.equal(tensor, b.recovery[key]) for key, tensor in a.recovery.items())
     assert all(torch.equal(tensor, b.lora[key]) for key, tensor in a.lora.items())
+
+
+def test_the_small_run_changes_keys_that_there_are(tmp_path):
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(merged(params, SMOKE)))
+    small = load_params(tmp_path / "params.yaml")
+    assert resolve(small.methods)["clm_lora"]["start"]["calibration_texts"] == 32 and small.train.steps == 6
 
 
 def test_what_like_and_budget_name_is_filled_in():
