@@ -122,7 +122,10 @@ def compare(command: argparse.ArgumentParser) -> Act:
 def sweep(command: argparse.ArgumentParser) -> Act:
     """Every combination of some values as an experiment, those that there are already skipped, and then the comparison."""
     command.add_argument(
-        "values", nargs="+", metavar="KEY=VALUE,VALUE", help="such as distill.alpha=0.01,0.05 recipes=q8_up,nf4"
+        "values",
+        nargs="+",
+        metavar="KEY=VALUE,VALUE",
+        help="a key of params.yaml or a field of `run`, such as alpha=0.01,0.05 recipes=q8_up,nf4",
     )
     command.add_argument("--name", default="sweep", help="first part of the experiments' names (sweep)")
 

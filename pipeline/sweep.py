@@ -22,7 +22,7 @@ LISTS = ("tasks", "recipes", "compare")  # each value of a sweep over these is a
 
 
 def cells(assignments: Sequence[str]) -> list[dict[str, Any]]:
-    """`key=a,b` and so on -> every combination, as key of params.yaml -> value.
+    """`key=a,b` and so on -> every combination, as key of params.yaml -> value; a field of the form stands for its key.
 
     Raises:
         CaloraError: an assignment has no `=` or no value.
@@ -32,7 +32,8 @@ def cells(assignments: Sequence[str]) -> list[dict[str, Any]]:
         key, _, values = text.partition("=")
         found = [value_of(value, "sweep") for value in values.split(",") if value]
         if not key or not found:
-            raise CaloraError("sweep", "KEY=VALUE,VALUE", repr(text), "such as distill.alpha=0.01,0.05")
+            raise CaloraError("sweep", "KEY=VALUE,VALUE", repr(text), "such as alpha=0.01,0.05")
+        key = KEYS.get(key, key)
         axes[key] = [[value] for value in found] if key in LISTS else found
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 

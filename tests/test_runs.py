@@ -738,6 +738,7 @@ def test_a_sweep_has_every_combination_under_names_of_their_own():
     found = cells(["methods.calora.loss.alpha=0.01,0.05", "recipes=q8,nf4"])
     assert len(found) == 4 and found[0] == {"methods.calora.loss.alpha": 0.01, "recipes": ["q8"]}
     assert label_of(found[0]) == "alpha0.01-recipesq8"
+    assert cells(["alpha=0.01,0.05", "recipes=q8,nf4"]) == found  # by the form's name
     assert len({name_of("sweep", cell, commit) for cell in found for commit in ("a", "b")}) == 8
     for bad in ("alpha", "alpha=", "=1"):
         with pytest.raises(CaloraError, match="sweep"):
