@@ -17,7 +17,7 @@ WRITTEN_BY_RUNS = ("dvc.lock", "results/")
 NEUTRAL = {
     "color.ui": "false", "core.quotePath": "false", "core.safecrlf": "false", "core.hooksPath": os.devnull,
     "core.fsmonitor": "false", "advice.addEmbeddedRepo": "false", "status.submoduleSummary": "false",
-    "diff.ignoreSubmodules": "none", "protocol.file.allow": "always",
+    "diff.ignoreSubmodules": "none",
 }  # fmt: skip
 # Set where a git hook or another tool started this: they would mean that tool's repository.
 FOREIGN = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY", "GIT_NAMESPACE",
@@ -157,5 +157,6 @@ def bring_submodules(root: Path, inside: Path) -> None:
     """Check the submodules out there too, from this repository's own copies of them."""
     places = submodules(root)
     if places:
+        local = ("-c", "protocol.file.allow=always")  # from this machine's own copies, and for them alone
         urls = [word for name, folder in places.items() for word in ("-c", f"submodule.{name}.url={folder}")]
-        git(inside, *urls, "submodule", "--quiet", "update", "--init")
+        git(inside, *local, *urls, "submodule", "--quiet", "update", "--init")
