@@ -275,7 +275,7 @@ def test_a_project_in_a_folder_beside_a_submodule_has_experiments(tmp_path):
     author = ("-c", "user.name=a", "-c", "user.email=a@example.org")
     git(library, "add", "--all")
     git(library, *author, "commit", "--quiet", "--message", "one")
-    git(project, "submodule", "--quiet", "add", str(library), "lib")
+    git(project, "-c", "protocol.file.allow=always", "submodule", "--quiet", "add", str(library), "lib")
     git(project, "commit", "--quiet", "--message", "library")
     with checkout(project, commit_of(project, "HEAD"), take_along=False) as folder:
         assert (folder / "lib/one.txt").read_text() == "one"
@@ -292,7 +292,7 @@ def test_a_project_in_a_folder_beside_a_submodule_has_experiments(tmp_path):
 def test_a_project_that_is_a_submodule_is_told_so_before_any_stage_runs(tmp_path):
     project, above = make_toy(tmp_path / "project"), tmp_path / "above"
     subprocess.run(["git", "init", "--quiet", above], check=True)
-    git(above, "submodule", "--quiet", "add", str(project), "inner")
+    git(above, "-c", "protocol.file.allow=always", "submodule", "--quiet", "add", str(project), "inner")
     with pytest.raises(CaloraError, match="submodule"), checkout(above / "inner", "HEAD", take_along=False):
         pass
     assert left(above / "inner") == []
