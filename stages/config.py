@@ -6,6 +6,8 @@ This file checks and never computes, so it is no dependency of a stage; the valu
 from __future__ import annotations
 
 import re
+from collections import Counter
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -385,6 +387,10 @@ class Params(Section):
                     f"methods.{name}: models/{name} is a folder of the pipeline's own: choose another name"
                 )
             _check_method(name, entry)
+        stages = Counter(map("-".join, product(self.tasks, self.recipes, self.compare)))  # as DVC names them
+        name, times = stages.most_common(1)[0]
+        if times > 1:
+            raise ValueError(f"tasks, recipes and compare make two stages '{name}': write a name with _ instead of -")
         return self
 
 

@@ -46,7 +46,8 @@ def main(params: Params, name: str, recipe: str, method: str) -> None:
         place(model)
         made, history = start, History(scores=[{"step": 0, "score": score()}])
     activate(model, None)
-    scores = {"validation_accuracy": history.best["score"], "validation_accuracy_lora_alone": score()}
+    best = history.best["score"]
+    scores = {"validation_accuracy": best, "validation_accuracy_lora_alone": score() if start.recovery else best}
     only_first_goes_on()
     made.meta |= {"metrics": scores}
     base = str(compressed(recipe))

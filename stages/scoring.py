@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from sklearn.metrics import f1_score
-
 from calora.common.parallel import place
 from calora.evaluation.metrics import token_f1
 from calora.evaluation.predict import correct, predict
@@ -27,6 +25,8 @@ def score_test(
     accuracy = round(sum(hits) / len(hits), 4)
     scored = Scored(accuracy, 0.0, bytes_on_disk, parameters, [int(hit) for hit in hits], predictions.answers)
     if task.scored:
+        from sklearn.metrics import f1_score  # here: with pandas behind it, it takes seconds to import
+
         f1 = float(f1_score([e.label for e in examples], predictions.labels, average="macro"))
         return replace(scored, f1=round(f1, 4))
     shared = [token_f1(a, e.references) for a, e in zip(predictions.answers, examples, strict=True)]

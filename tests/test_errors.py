@@ -61,6 +61,16 @@ def test_a_wrong_parameter_is_named(folder, key, value, said):
     assert "Fix:" in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_two_stages_of_one_name_are_refused(folder):
+    change(folder, "compress.q8-a", [])
+    change(folder, "methods.b", {"like": "clm"})
+    change(folder, "methods.a-b", {"like": "clm"})
+    change(folder, "recipes", ["q8", "q8-a"])
+    change(folder, "compare", ["b", "a-b"])
+    with pytest.raises(CaloraError, match=r"two stages 'toy-q8-a-b'"):
+        load_params()
+
+
 def test_a_missing_key_is_named(folder):
     text = (folder / "params.yaml").read_text()
     (folder / "params.yaml").write_text(text.replace("      kl: 1.0\n", "", 1))
