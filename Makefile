@@ -38,7 +38,7 @@ smoke: setup  ## the same stages and real input on a few hundred texts, in .smok
 	@$(BIN)/python -m pipeline smoke
 
 test: setup  ## all tests, two files at a time, one thread each (JOBS=2)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(or $(JOBS),2) --dist loadfile
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(or $(JOBS),2) --dist loadfile --no-loadscope-reorder
 
 lint: setup  ## ruff, format, strict types, spelling
 	@$(BIN)/ruff check .

@@ -36,6 +36,14 @@ WORDS = [*GOOD, *BAD, "film", "plot", "a", "the", "was", "is", "Review:", "Senti
 TASK = Task("toy", "Review: {text} Sentiment:", ("negative", "positive"), 32, 4)
 
 
+# Files that run whole pipelines in processes of their own. They come first: two workers then end together.
+SLOW = ("test_dvc", "test_runs", "test_processes", "test_hub", "test_compare", "test_stages")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))
+
+
 def make_tokenizer(folder: Path, end: bool) -> None:
     vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
