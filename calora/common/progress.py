@@ -13,12 +13,15 @@ LINE = "{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed} gone, {remaining} left{
 
 
 class _Lines:
-    """A stream on which a bar's redrawing becomes lines."""
+    """A stream on which a bar's redrawing becomes lines; closing a bar draws its last one again."""
+
+    last = ""
 
     def write(self, text: str) -> None:
         text = text.strip("\r\n ")
-        if text:
+        if text and text != self.last:
             sys.stderr.write(f"{text}\n")
+            self.last = text
 
     def flush(self) -> None:
         sys.stderr.flush()
