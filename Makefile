@@ -19,8 +19,8 @@ $(BIN)/.done: requirements.txt pyproject.toml
 	$(BIN)/python -m pipeline.offline
 	touch $@
 
-run: setup  ## the pipeline (dvc repro), the time of each stage, the table of methods (CALORA_WORKERS=2: two stages at a time)
-	@$(BIN)/python -m pipeline repro
+run: setup  ## the pipeline (dvc repro), the time of each stage, the table of methods (CALORA_WORKERS=1: one stage at a time)
+	@CALORA_WORKERS=$${CALORA_WORKERS:-2} $(BIN)/python -m pipeline repro
 
 ui: setup  ## the Prefect UI, for runs started by hand or by a schedule (PORT=4200)
 	@$(BIN)/python -m pipeline ui --port $(or $(PORT),4200)

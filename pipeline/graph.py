@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import chdir
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from calora.errors import CaloraError
 from pipeline.process import DVC, Processes
+
+if TYPE_CHECKING:
+    from dvc.repo import Repo
 
 HINTS = (  # of DVC, for somebody at a terminal
     "To track the changes", "git add ", "To enable auto staging", "dvc config core.autostage", "Use `dvc push`", "Updating lock file",
@@ -34,13 +38,27 @@ class TryAgain(StageFailed):
 
 def stages(folder: Path) -> dict[str, list[str]]:
     """Stage -> the stages that it needs, in an order in which each comes after those."""
-    import networkx
     from dvc.repo import Repo
 
     with Repo(str(folder)) as repo:
-        graph = repo.index.graph  # an edge goes from a stage to one that it needs
-        order = networkx.lexicographical_topological_sort(graph.reverse(copy=True), key=_name)
-        return {_name(stage): sorted(_name(needed) for needed in graph.successors(stage)) for stage in order}
+        return _graph(repo)
+
+
+def standing(folder: Path) -> tuple[dict[str, list[str]], set[str]]:
+    """`stages`, and those whose outputs are there and whose inputs are as they were, down to the first that has something to do."""
+    from dvc.repo import Repo
+
+    with chdir(folder), Repo(str(folder)) as repo:  # its status names stages as seen from here
+        graph = _graph(repo)
+        return graph, _same(graph, repo.status())
+
+
+def _graph(repo: Repo) -> dict[str, list[str]]:
+    import networkx
+
+    graph = repo.index.graph  # an edge goes from a stage to one that it needs
+    order = networkx.lexicographical_topological_sort(graph.reverse(copy=True), key=_name)
+    return {_name(stage): sorted(_name(needed) for needed in graph.successors(stage)) for stage in order}
 
 
 def _name(stage: Any) -> str:
@@ -97,11 +115,6 @@ def restore(folder: Path, graph: Mapping[str, list[str]], processes: Processes) 
     changed = _changed(folder, processes)
     forget(folder, {stage for stage in graph if _lost(changed.get(stage, []))})
     return _same(graph, changed)
-
-
-def unchanged(folder: Path, graph: Mapping[str, list[str]], processes: Processes) -> set[str]:
-    """The stages whose outputs are there and whose inputs are as they were, down to the first that has something to do."""
-    return _same(graph, _changed(folder, processes))
 
 
 def _changed(folder: Path, processes: Processes) -> dict[str, list[Any]]:

@@ -17,7 +17,7 @@ import yaml
 from rich.console import Console
 from rich.markdown import Markdown
 
-from pipeline.graph import WAITS, StageFailed, TryAgain, in_turn, run_stage, stages, unchanged
+from pipeline.graph import WAITS, StageFailed, TryAgain, in_turn, run_stage, standing
 from pipeline.process import CHECK_PARAMS, DVC, Processes, environment, workers
 from pipeline.settings import ROOT
 from pipeline.times import Clock, Times
@@ -83,8 +83,7 @@ def one_by_one(folder: Path, times: Times) -> int:
 
 def side_by_side(folder: Path, times: Times) -> int:
     """The same, with as many stages at a time as CALORA_WORKERS says; after one that fails no other begins."""
-    processes, graph = Processes(), stages(folder)
-    known = unchanged(folder, graph, processes)
+    processes, (graph, known) = Processes(), standing(folder)
     failed: list[StageFailed] = []
 
     def work(stage: str) -> None:

@@ -27,7 +27,7 @@ from pipeline import serve as serving
 from pipeline.__main__ import main, pair
 from pipeline.checkout import check_files, checkout, owned, resumable, sweep
 from pipeline.experiment import files_of, flat
-from pipeline.graph import StageFailed, run_stage, stages, unchanged, with_needed
+from pipeline.graph import StageFailed, run_stage, stages, standing, with_needed
 from pipeline.process import DVC, Processes, Stopped, environment, workers
 from pipeline.repository import check_name, commit_of, experiments, git, uncommitted
 from pipeline.saving import save_experiment
@@ -440,9 +440,9 @@ def test_stages_come_from_dvc_in_order(project):
     assert list(with_needed(graph, ["square"])) == ["number", "square@a", "square@b"]
     with pytest.raises(CaloraError, match="cube"):
         with_needed(graph, ["cube"])
-    assert unchanged(project, graph, Processes()) == set()
+    assert standing(project) == (graph, set())
     assert run_stage("number", project, Processes(), lambda _: None) == "ran"
-    assert unchanged(project, graph, Processes()) == {"number"}
+    assert standing(project) == (graph, {"number"})
 
 
 TWO_AT_ONCE = """
