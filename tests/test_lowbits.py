@@ -89,9 +89,6 @@ def test_symmetric_int2_is_a_half_step_grid_and_asymmetric_keeps_zero():
 def test_fewer_bits_cost_more_and_a_searched_range_never_does(symmetric):
     weight, importance = drawn(), drawn(1, 128, 1).square().flatten()
 
-    def cost(new):
-        return float(((new - weight).square() * importance).view(48, 4, 32).sum(-1).max())
-
     def whole(bits, **options):
         return float(((rounded(weight, bits, symmetric=symmetric, **options) - weight).square() * importance).sum())
 
@@ -105,7 +102,6 @@ def test_fewer_bits_cost_more_and_a_searched_range_never_does(symmetric):
         assert bool((groups[0] <= groups[1] + 1e-6).all())
         assert float(searched.sum()) < (0.95 if bits < 4 else 1.0) * float(plain.sum())
     assert whole(2, search=True, importance=importance) < 0.7 * whole(2)
-    assert cost(weight) == 0
 
 
 def test_a_range_is_searched_for_what_counts():
@@ -242,7 +238,7 @@ def test_formats_by_kind_of_layer_go_to_disk_and_back(tmp_path, calibration, kin
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("tokens", [24, 32])
-def test_int4_tables_are_stored_once_and_load_in_transformers(tmp_path, calibration, tied, tokens, monkeypatch):
+def test_int4_tables_are_stored_once_and_load_in_transformers(tmp_path, calibration, tied, tokens):
     base, out = wide(tmp_path), tmp_path / "out"
     model = load_model(base, torch.bfloat16)
     model.config.tie_word_embeddings = tied
@@ -293,7 +289,7 @@ def test_a_table_without_a_kernel_is_read_in_pieces(monkeypatch):
     assert sum(t.nbytes for t in packed.state_dict().values()) == 19 * 96 // 2 + 2 * 19 * 3 + 4 * 3 * 3
 
 
-def test_a_prepared_int4_head_moves_and_can_be_left(monkeypatch):
+def test_a_prepared_int4_head_moves_and_can_be_left():
     torch.manual_seed(0)
     head = PackedLinear(64, 32, table_packing(64, "int4"), torch.bfloat16)
     head.restore(table_tensors(torch.randn(32, 64, dtype=torch.bfloat16), "int4"))

@@ -43,13 +43,14 @@ class Grid:
     def encode(self, weight: Tensor) -> Tensor:
         """Nearest codes, int8 [out, in]."""
         scale, zero = self._spread()
-        codes = _round(self._grouped(weight) / scale + zero, self.bits)
-        return codes.flatten(-2).to(torch.int8)
+        groups = _split(weight.float(), self.scale.shape[-1])  # [out, in / group, group]
+        return _round(groups / scale + zero, self.bits).flatten(-2).to(torch.int8)
 
     def decode(self, codes: Tensor) -> Tensor:
         """fp32 [out, in]."""
         scale, zero = self._spread()
-        return ((self._grouped(codes) - zero) * scale).flatten(-2)
+        levels = _split(codes.to(torch.float32, copy=True), self.scale.shape[-1])
+        return levels.sub_(zero).mul_(scale).flatten(-2)
 
     def column(self, weight: Tensor) -> Tensor:
         """Values [out] of one input, rounded to the grid of its group (there is no other in this grid), fp32."""
@@ -76,9 +77,6 @@ class Grid:
     def of_rows(self, rows: slice) -> Grid:
         """The grid of some rows."""
         return Grid(self.scale[rows], None if self.zero is None else self.zero[rows], self.bits)
-
-    def _grouped(self, values: Tensor) -> Tensor:
-        return _split(values.float(), self.scale.shape[-1])  # [out, in / group, group]
 
     def _spread(self) -> tuple[Tensor, Tensor | float]:
         """Scale and zero, fp32 [out, in / group, 1]."""
