@@ -27,7 +27,7 @@ from calora.layers.codes import (
 )
 
 FEW_ROWS = 16  # up to here torch's int8 kernel beats unpacking the weight for a bf16 product (2 cores, AVX-512)
-MANY_OUTPUTS = 8192  # of an int4 head that has no kernel: it is unpacked and multiplied so many rows at a time
+MANY_OUTPUTS = 2048  # of an int4 head that has no kernel: it is unpacked and multiplied so many rows at a time
 BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
 
 
