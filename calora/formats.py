@@ -1,8 +1,8 @@
 """The `quantization_config` of config.json: the ecosystem's own format where it can hold the whole model, else ours.
 
 compressed-tensors holds dense int8 and symmetric int4 weights (with or without the embeddings), bitsandbytes nf4 ones; both load in
-transformers without calora. A sparse, MoEfied or outlier-keeping model, an asymmetric int4 one, and nf4 with int8
-embeddings need `calora.plugin`.
+transformers without calora. A sparse, MoEfied or outlier-keeping model, an asymmetric int4 one, any with int3 or int2
+layers or an int4 table, and nf4 with packed embeddings need `calora.plugin`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def quantization_config(report: Mapping[str, Any], theirs: bool = True) -> dict[
     packed = [entry for entry in entries.values() if entry["kind"] == "packed"]
     # compressed-tensors 0.20 cannot load an asymmetric grid: it expects its packed zero points unpacked.
     beyond = any(entry["sparse"] or entry["outliers"] or not entry["symmetric"] for entry in packed)
-    beyond |= any("factor" in entry for entry in entries.values())  # it expects plain tables
+    beyond |= any(entry["format"] not in ("int8", "int4") for entry in packed)
+    # It expects plain tables in int8.
+    beyond |= any("factor" in e or e["format"] != "int8" for e in entries.values() if e["kind"] == "embedding")
     if theirs and kinds <= {"packed", "embedding"} and not beyond:
         return compressed_tensors(entries)
     if theirs and kinds == {"nf4"}:

@@ -52,12 +52,10 @@ class CaloraQuantizer(HfQuantizer):
                 layer = layer.rpartition(".")[0]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **rest: Any) -> None:
+        _tie(model, self.quantization_config.tied)  # an int4 head is prepared from the table's tensors,
         if model.device.type == "cpu":
             prepare(model)
-        for alias, stored in self.quantization_config.tied.items():
-            owner, _, part = alias.rpartition(".")
-            source, _, own = stored.rpartition(".")
-            setattr(model.get_submodule(owner), part, getattr(model.get_submodule(source), own))
+        _tie(model, self.quantization_config.tied)  # and an int8 one is a parameter of its own after that
 
     def is_serializable(self) -> bool:
         """The form that computes is not the stored one."""
@@ -67,6 +65,13 @@ class CaloraQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Adapters on top can be trained."""
         return True
+
+
+def _tie(model: PreTrainedModel, tied: dict[str, str]) -> None:
+    for alias, stored in tied.items():
+        owner, _, part = alias.rpartition(".")
+        source, _, own = stored.rpartition(".")
+        setattr(model.get_submodule(owner), part, getattr(model.get_submodule(source), own))
 
 
 DTYPES = {

@@ -50,6 +50,11 @@ from tests.conftest import make_model
 
 PRUNE, INT8 = {"prune": {"score": "wanda", "pattern": "2:4"}}, {"quantize": {"format": "int8", "embeddings": "int8"}}
 INT4 = {"quantize": {"format": "int4", "group": 32, "rounding": "gptq", "embeddings": "int8"}}
+LOW = {
+    "quantize": {
+        "format": "int3", "group": 32, "symmetric": False, "rounding": "gptq", "range": "search", "embeddings": "int4",
+    }
+}  # fmt: skip
 EXPERTS = {"experts": 8, "shared": 1, "active": 0.5, "clustering": "coactivation", "router": "learned"}
 NARROW = {"shrink": {"importance": "activation", "compensate": True, "neurons": 0.5}}
 RECIPES = {
@@ -67,6 +72,11 @@ RECIPES = {
     "q8_up": [PRUNE, INT8],
     "q8_up_m": [{"moefy": EXPERTS}, PRUNE, INT8],
     "q4_up": [{"prune": {"score": "sparsegpt", "pattern": "4:8"}}, INT4],
+    "q3": [LOW],
+    "q2": [{"quantize": {**LOW["quantize"], "format": "int2"}}],
+    "q3_up": [PRUNE, {"quantize": {**LOW["quantize"], "symmetric": True}}],
+    "q2_up": [PRUNE, {"quantize": {**LOW["quantize"], "format": "int2"}}],
+    "q2_half_up": [PRUNE, {"quantize": {**LOW["quantize"], "format": "int2", "symmetric": True}}],
 }
 
 METHODS = {
@@ -388,7 +398,7 @@ def test_a_killed_compression_goes_on_after_its_last_finished_block(tmp_path, to
 BAD = [
     ([], "at least one step"),
     ([{"squeeze": {}}], "steps among"),
-    ([{"quantize": {"format": "int3"}}], "one of int8, int4, nf4"),
+    ([{"quantize": {"format": "int5"}}], "one of int8, int4, int3, int2, nf4"),
     ([{"quantize": {}}], "option format"),
     ([{"quantize": {"format": "int8", "size": 3}}], "options among"),
     ([{"quantize": {"format": "int4"}}], "one of 32, 64, 128"),
@@ -772,7 +782,7 @@ def test_other_code_does_not_go_on_from_a_checkpoint(tmp_path, monkeypatch):
 def test_the_stage_names_the_key_of_a_mistake():
     from stages import compress as stage
 
-    params = types.SimpleNamespace(compressions={"odd": [{"quantize": {"format": "int3"}}]})
+    params = types.SimpleNamespace(compressions={"odd": [{"quantize": {"format": "int5"}}]})
     with pytest.raises(
         CaloraError, match=r"^compress\.odd in params\.yaml: quantize\.format: .* Fix: change the recipe$"
     ):

@@ -12,7 +12,7 @@ from calora.layers.codes import Grid
 
 
 def gptq(
-    weight: Tensor, moment: Tensor, fit: Callable[[Tensor], Grid], group: int, keep: Tensor | None = None
+    weight: Tensor, moment: Tensor, fit: Callable[..., Grid], group: int, keep: Tensor | None = None
 ) -> tuple[Tensor, Grid]:
     """GPTQ: (values [out, in] on a grid, the grid); where `keep` is False they stay 0.
 
@@ -21,20 +21,22 @@ def gptq(
     grids that were fitted before, symmetric int4 loses half as much again (docs/compression.md).
 
     Args:
-        fit: weights [out, group] -> their grid.
+        fit: (weights [out, group], `importance` of their squared errors [out, group]: H_jj, 0 where cut) -> their grid.
         group: inputs that share a scale: at most 128 (it divides that), or the whole row.
     """
     diagonal = moment.diagonal().view(-1, group)  # [groups, group]
     places = diagonal.mean(1).argsort(descending=True)  # [groups]
     order = (places.unsqueeze(1) * group + diagonal[places].argsort(1, descending=True)).flatten()  # [in]
     kept = torch.ones_like(weight, dtype=torch.bool) if keep is None else keep[:, order]
+    size = moment.diagonal()[order]  # [in]
     start, grids = weight[:, order], dict[int, Grid]()
 
     def decide(column: Tensor, index: int, ahead: Tensor) -> Tensor:
         place = int(places[index // group])
         if index % group == 0:
             now = ahead[:, :group] if group <= COLUMNS else start  # a group that is the row: nothing has changed yet
-            grids[place] = fit(now * kept[:, index : index + group])
+            own = slice(index, index + group)
+            grids[place] = fit(now * kept[:, own], importance=size[own] * kept[:, own])
         return grids[place].column(column) * kept[:, index]
 
     values = sweep(start, inverse_factor(moment[order][:, order]), decide, COLUMNS)

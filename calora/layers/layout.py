@@ -22,7 +22,7 @@ def store(layer: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if isinstance(layer, PackedEmbedding):
         shape = {"rows": layer.num_embeddings, "width": layer.embedding_dim, "padding": layer.padding_idx}
         factor = {} if layer.factor is None else {"factor": layer.factor}
-        return {"kind": "embedding", "format": "int8", **shape, **dtype, **factor}, tensors
+        return {"kind": "embedding", "format": layer.format, **shape, **dtype, **factor}, tensors
     if isinstance(layer, PackedLinear):
         return {"kind": "packed", **layer.describe(), **dtype}, tensors
     assert isinstance(layer, nn.Linear)
@@ -38,9 +38,8 @@ def restore(old: nn.Module, entry: Mapping[str, Any], tensors: Mapping[str, Tens
     if entry["kind"] == "nf4":
         return Nf4Linear(entry["in"], entry["out"], dtype).restore(tensors)
     if entry["kind"] == "embedding":
-        layer = PackedEmbedding(entry["rows"], entry["width"], entry["padding"], dtype, entry.get("factor"))
-        layer.load_state_dict(tensors, strict=True, assign=True)
-        return layer.requires_grad_(False)
+        sizes = (entry["rows"], entry["width"], entry["padding"])
+        return PackedEmbedding(*sizes, dtype, entry.get("factor"), entry["format"]).restore(tensors)
     if entry["kind"] == "dense":
         return dense_layer(tensors["weight"], tensors.get("bias"))
     return packed(entry).restore(tensors)

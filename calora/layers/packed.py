@@ -1,9 +1,10 @@
-"""Linear and embedding layers whose weight stays packed: int8 or int4 codes, the kept values of a sparse pattern, or both."""
+"""Linear and embedding layers whose weight stays packed: codes of 8 to 2 bits, the kept values of a sparse pattern, or both."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,17 +13,22 @@ from torch.nn import functional as F
 
 from calora.layers.codes import (
     Grid,
+    fit_grid,
+    fit_table,
     nearest_rows,
+    pack,
     pack_mask,
     pack_nibbles,
-    pack_words,
+    pack_planes,
+    unpack,
     unpack_mask,
     unpack_nibbles,
-    unpack_words,
+    unpack_planes,
 )
 
 FEW_ROWS = 16  # up to here torch's int8 kernel beats unpacking the weight for a bf16 product (2 cores, AVX-512)
-BITS = {"int8": 8, "int4": 4}
+MANY_OUTPUTS = 2048  # of an int4 head that has no kernel: it is unpacked and multiplied so many rows at a time
+BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,7 @@ class Packing:
     """How a weight is stored.
 
     Args:
-        format: `native` (the dtype of the base), `int8` or `int4`.
+        format: `native` (the dtype of the base), `int8`, `int4`, `int3` or `int2`.
         sparse: only the kept values are stored, with one bit a weight that says which they are.
         group: inputs that share a scale; the whole row for int8.
         symmetric: whether the grid is symmetric about 0.
@@ -53,7 +59,7 @@ class PackedLinear(nn.Linear):
     def __init__(self, in_features: int, out_features: int, packing: Packing, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.packing, self.dtype = in_features, out_features, packing, dtype
-        self.kernel: tuple[Tensor, ...] = ()  # int4: the layout and scales of torch's kernel
+        self.kernel: tuple[Tensor, ...] = ()  # 4 bits and less: the layout and scales of torch's int4 kernel
         self.register_parameter("weight", None)
         self.register_parameter("bias", None)
 
@@ -113,7 +119,7 @@ class PackedLinear(nn.Linear):
 
     @property
     def qweight(self) -> Tensor:
-        """What stands for the weight, where PEFT looks for it: an int4 layer has no `weight`.
+        """What stands for the weight, where PEFT looks for it: a layer of 4 bits or less has no `weight`.
 
         int8, because transformers' T5 casts its activations to any other dtype that it finds there.
         """
@@ -129,38 +135,45 @@ class PackedLinear(nn.Linear):
     @property
     def grid(self) -> Grid:
         """The grid of a quantised layer."""
-        zero: Tensor | None = getattr(self, "weight_zero_point", None)
-        scale = self.get_buffer("weight_scale")
+        zero, bits = getattr(self, "weight_zero_point", None), BITS[self.packing.format]
         if zero is not None:
-            zero = unpack_words(zero.T, self.out_features).T
-        return Grid(scale, zero, BITS[self.packing.format])
+            zero = unpack(zero.T, self.out_features, bits).T
+        return Grid(self.get_buffer("weight_scale"), zero, bits)
 
     def codes(self, into: Tensor | None = None) -> Tensor:
-        """int8 [out, in] of a quantised layer, the code of 0 where nothing was kept; written to `into`, which is 0."""
+        """int8 [out, in] of a quantised layer, the code of 0 where nothing was kept; written to `into`, which is 0.
+
+        A half-step grid has no code of 0: there the pattern has to be applied to the values.
+        """
         packing, shape = self.packing, (self.out_features, self.in_features)
+        bits = BITS[packing.format]
         if not packing.sparse:
-            return (
-                self.weight.detach()
-                if packing.format == "int8"
-                else unpack_words(self.get_buffer("weight_packed"), shape[1])
-            )
+            if self.weight is None:
+                return unpack(self.get_buffer("weight_packed"), shape[1], bits)
+            codes = self.weight.detach()
+            return codes if bits == 8 else unpack_nibbles(codes.view(torch.uint8), shape[1])
         keep = unpack_mask(self.get_buffer("mask"), shape[1])
         if packing.symmetric:
             full = torch.zeros(shape, dtype=torch.int8, device=keep.device) if into is None else into
         else:
             full = self.grid.encode(torch.zeros(shape, device=keep.device))
-        if packing.format == "int8":
+        if bits == 8:
             return full.masked_scatter_(keep, self.weight.detach())
-        return full.masked_scatter_(keep, unpack_nibbles(self.get_buffer("weight_packed"), int(keep.sum())))
+        packed, count = self.get_buffer("weight_packed"), int(keep.sum())
+        kept = unpack_nibbles(packed, count) if bits == 4 else unpack_planes(packed, count, bits)
+        return full.masked_scatter_(keep, kept)
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         """W [out, in] in `dtype`: the dense view of the same values."""
-        if self.kernel:  # torch's own layout: its product with the identity is W^T, exactly
+        if self.kernel and self.weight is None:  # torch's own layout: its product with the identity is W^T, exactly
             eye = torch.eye(self.in_features, dtype=self.dtype)
             return self._int4(eye).T.contiguous().to(dtype)
         keep = self.keep
         if self.packing.format != "native":
-            weight = self.grid.decode(self.codes()).to(self.dtype).to(dtype)
+            grid = self.grid
+            weight = grid.decode(self.codes()).to(self.dtype).to(dtype)
+            if keep is not None and grid.half_step:
+                weight *= keep
         else:
             weight = self.weight.detach().to(dtype)
             if keep is not None:
@@ -170,11 +183,13 @@ class PackedLinear(nn.Linear):
         return weight
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows `ids` of W [len(ids), in]; only a dense int8 weight can be read by rows."""
-        return (self.weight.detach()[ids].float() * self.get_buffer("weight_scale")[ids].float()).to(dtype)
+        """Rows `ids` of W [len(ids), in]; only a head, a dense int8 or int4 weight, can be read by rows."""
+        return stored_rows(self, ids, self.in_features).to(dtype)
 
     def room(self, compute: torch.dtype | None = None) -> tuple[Tensor, ...]:
         """Room for what `prepare` makes: codes of a sparse int8 layer, or layout and scales of torch's int4 kernel.
+
+        That kernel computes with the values of int3 and int2 too, exactly, at the memory of 4 bits.
 
         To be taken for all layers before any is prepared: what is made in between would leave holes in the heap.
 
@@ -186,7 +201,8 @@ class PackedLinear(nn.Linear):
             return (torch.zeros(shape, dtype=torch.int8),) if packing.sparse else ()
         if self.dtype != torch.bfloat16 or (compute or self.dtype) != torch.bfloat16:
             return ()
-        if packing.format != "int4" or shape[1] % 2 or shape[0] % 16 or packing.group not in (32, 64, 128, 256):
+        few = BITS.get(packing.format, 8) <= 4
+        if not few or shape[1] % 2 or shape[0] % 16 or packing.group not in (32, 64, 128, 256):
             return ()
         layout = torch.empty(shape[0], shape[1] // 2, dtype=torch.uint8)
         return layout, torch.empty(shape[1] // packing.group, shape[0], 2, dtype=self.dtype)
@@ -194,7 +210,8 @@ class PackedLinear(nn.Linear):
     def prepare(self, room: tuple[Tensor, ...]) -> None:
         """Change to the form that a CPU computes with fastest: dense int8 codes, or torch's int4 layout.
 
-        Sparse codes are filled up with zeros: a CPU has no kernel for them. The stored form is given up.
+        Sparse codes are filled up with zeros: a CPU has no kernel for them. The stored form is given up, but for that of
+        an int4 head: it is the table's too, and single rows are read from it.
 
         Args:
             room: of `room()`.
@@ -209,16 +226,29 @@ class PackedLinear(nn.Linear):
             del self.mask
             return
         layout, scales = room  # [out, in / 2], [groups, out, 2]
-        grid = self.grid
-        layout.copy_(torch._convert_weight_to_int4pack_for_cpu((self.codes() + 8).int(), 1))  # from [out, in]
+        codes, grid = self._codes_of_4_bits()
+        layout.copy_(torch._convert_weight_to_int4pack_for_cpu((codes + 8).int(), 1))  # from [out, in]
         scales[..., 0] = grid.scale.T
         scales[..., 1] = 0 if grid.zero is None else -(grid.zero.float() * grid.scale.float()).T
-        self.kernel = room
-        for name in list(self._buffers):
-            delattr(self, name)
+        self.kernel, self.packing = room, replace(self.packing, format="int4", symmetric=grid.zero is None)
+        if self.weight is None:
+            for name in list(self._buffers):
+                delattr(self, name)
+
+    def _codes_of_4_bits(self) -> tuple[Tensor, Grid]:
+        """The codes [out, in] as int4 ones, 0 or the code of 0 where nothing was kept, and their grid."""
+        codes, grid = self.codes(), self.grid
+        if grid.bits == 4:
+            return codes, grid
+        codes, wide = grid.widened(codes)
+        keep = self.keep
+        return codes if keep is None else codes * keep, wide
 
     def unprepare(self) -> None:
-        """Give up torch's int4 layout for codes and scales as they are stored; a sparse layer's are dense from then on."""
+        """Give up torch's int4 layout for int4 codes and scales as they are stored; a sparse layer's are dense from then on."""
+        if self.weight is not None:  # a head still has its stored form
+            self.kernel = ()
+            return
         weight, scales = self.dense_weight(torch.float32), self.kernel[1].float()  # [out, in], [groups, out, 2]
         scale = scales[..., 0].T.contiguous()  # [out, groups]
         zero = None if self.packing.symmetric else (-scales[..., 1].T / scale).round().to(torch.int8)
@@ -240,6 +270,9 @@ class PackedLinear(nn.Linear):
             out = self._int4(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
         elif self.packing.format == "int8" and not self.packing.sparse:
             out = self._int8(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+        elif self.weight is not None and self.packing.format == "int4":
+            pieces = torch.arange(self.out_features, device=x.device).split(MANY_OUTPUTS)
+            out = torch.cat([F.linear(x, self.rows(ids, x.dtype)) for ids in pieces], -1)
         else:
             return F.linear(x, self.dense_weight(x.dtype), bias)
         return out if bias is None else out + bias
@@ -283,45 +316,98 @@ def packed_tensors(codes: Tensor, grid: Grid, packing: Packing) -> dict[str, Ten
     """How codes, int8 [out, in] or those of the kept weights [n], and their grid are stored."""
     tensors = {"weight_scale": grid.scale}
     if grid.zero is not None:
-        tensors["weight_zero_point"] = pack_words(grid.zero.T.contiguous()).T.contiguous()
-    if packing.format == "int8":
+        tensors["weight_zero_point"] = pack(grid.zero.T.contiguous(), grid.bits).T.contiguous()
+    if grid.bits == 8:
         return tensors | {"weight": codes}
     if packing.sparse:
-        return tensors | {"weight_packed": pack_nibbles(codes)}
-    return tensors | {"weight_packed": pack_words(codes), "weight_shape": torch.tensor(codes.shape)}
+        return tensors | {"weight_packed": pack_nibbles(codes) if grid.bits == 4 else pack_planes(codes, grid.bits)}
+    tensors["weight_packed"] = pack(codes, grid.bits)
+    # compressed-tensors reads the shape; it has no format for fewer bits.
+    return tensors | ({"weight_shape": torch.tensor(codes.shape)} if grid.bits == 4 else {})
+
+
+def stored_rows(layer: PackedLinear | PackedEmbedding, ids: Tensor, width: int) -> Tensor:
+    """Rows `ids` [...] of a table or of a head, fp32 [..., width]: what else it holds stays packed.
+
+    int4 values are rounded to the dtype of their scales, as the dense view's are.
+    """
+    scale = layer.get_buffer("weight_scale")
+    codes, scales = layer.weight.detach()[ids], scale[ids]  # [..., width] or [..., width / 2], [..., groups]
+    if codes.shape[-1] == width:
+        return codes.float() * scales.float()
+    words = layer.get_buffer("weight_zero_point")[ids // 8]  # [..., groups]: eight rows in one
+    zero = (words >> (ids % 8 * 4).unsqueeze(-1) & 15) - 8
+    grid = Grid(scales, zero, BITS["int4"])
+    return grid.decode(unpack_nibbles(codes.view(torch.uint8), width)).to(scale.dtype).float()
+
+
+def table_packing(width: int, format: str) -> Packing:
+    """How a head of this width is packed that may share its table: int8 or int4, with group 0 where none divides it."""
+    group = width if format == "int8" else next((group for group in (64, 32) if width % group == 0), 0)
+    return Packing(format, group=group, symmetric=format == "int8")
+
+
+def table_tensors(table: Tensor, format: str) -> dict[str, Tensor]:
+    """How a table [rows, width] is stored, and a head that shares it: int8 with one scale a row, or int4 by groups.
+
+    int4 is asymmetric with searched ranges; two codes a byte are called `weight`, so that transformers can tie them.
+    """
+    if format == "int8":
+        codes, scale = nearest_rows(table)
+        return {"weight": codes, "weight_scale": scale}
+    packing = table_packing(table.shape[1], format)
+    fit = partial(fit_grid, bits=4, group=packing.group, symmetric=False, dtype=table.dtype, search=True)
+    codes, grid = fit_table(table, fit)
+    tensors = packed_tensors(codes, grid, packing)
+    return {"weight": pack_nibbles(codes).view(torch.int8)} | {
+        name: tensors[name] for name in ("weight_scale", "weight_zero_point")
+    }
 
 
 class PackedEmbedding(nn.Embedding):
-    """An embedding table in int8 with one scale a row; rows come out in `dtype`, times `factor` where the base's class has one."""
+    """An embedding table in int8 with one scale a row, or in int4 by groups; rows come out in `dtype`.
 
-    weight_scale: Tensor
+    They are multiplied by `factor` where the base's class has one.
+    """
 
     def __init__(
-        self, rows: int, width: int, padding_idx: int | None, dtype: torch.dtype, factor: float | None = None
+        self,
+        rows: int,
+        width: int,
+        padding_idx: int | None,
+        dtype: torch.dtype,
+        factor: float | None = None,
+        format: str = "int8",
     ) -> None:
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim, self.padding_idx = rows, width, padding_idx
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
-        self.dtype, self.factor = dtype, factor
-        self.weight = nn.Parameter(torch.empty(rows, width, dtype=torch.int8), requires_grad=False)
-        self.register_buffer("weight_scale", torch.empty(rows, 1, dtype=dtype))
+        self.dtype, self.factor, self.format = dtype, factor, format
 
     @classmethod
-    def pack(cls, layer: nn.Embedding) -> PackedEmbedding:
+    def pack(cls, layer: nn.Embedding, format: str = "int8") -> PackedEmbedding:
         """Quantise an embedding table row by row."""
         table = layer.weight.detach()
-        packed = cls(layer.num_embeddings, layer.embedding_dim, layer.padding_idx, table.dtype, factor_of(layer))
-        codes, packed.weight_scale = nearest_rows(table)
-        packed.weight = nn.Parameter(codes, requires_grad=False)
-        return packed
+        sizes = (layer.num_embeddings, layer.embedding_dim, layer.padding_idx)
+        return cls(*sizes, table.dtype, factor_of(layer), format).restore(table_tensors(table, format))
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> PackedEmbedding:
+        """Take stored tensors."""
+        for name, tensor in tensors.items():
+            if name == "weight":
+                self.weight = nn.Parameter(tensor, requires_grad=False)
+            else:
+                self.register_buffer(name, tensor)
+        return self
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         """The table [rows, width] in `dtype`."""
-        return (self.weight.detach().float() * self.weight_scale.float()).to(self.dtype).to(dtype)
+        every = torch.arange(self.num_embeddings, device=self.weight.device).split(MANY_OUTPUTS)
+        return torch.cat([stored_rows(self, ids, self.embedding_dim).to(self.dtype).to(dtype) for ids in every])
 
     def forward(self, input: Tensor) -> Tensor:
         """Ids [...] -> vectors [..., width]."""
-        rows = (self.weight[input].float() * self.weight_scale[input].float()).to(self.dtype)
+        rows = stored_rows(self, input, self.embedding_dim).to(self.dtype)
         return rows if self.factor is None else rows * self.factor
 
 
