@@ -273,6 +273,7 @@ class Lora(Section):
     rank: Positive
     lora_alpha: Annotated[float, Field(gt=0)]
 
+    prompts: Annotated[float, Field(ge=0, le=1)]
 
 class Bypass(Section):
     """The recovery bypass and its start."""
@@ -368,7 +369,7 @@ class Params(Section):
     def _names_exist(self) -> Params:
         if "calibration" not in self.compress:
             raise ValueError("compress.calibration is missing")
-        Calibration.model_validate(self.compress["calibration"])
+        _checked(Calibration, self.compress["calibration"], "compress.calibration")
         for kind, wanted, known in (
             ("tasks", self.tasks, list(self.data.sets)),
             ("recipes", self.recipes, list(self.compressions)),
@@ -401,11 +402,12 @@ def _check_method(name: str, entry: dict[str, Any]) -> None:
         {**start, "budget": None if start.get("budget") is None else "another"} if isinstance(start, dict) else start
     )
     try:
-        Method.model_validate({**entry, "start": plain})
+        kind.model_validate(value)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if part not in ("Lora", "Loss"))
-        raise ValueError(f"methods.{name}.{place}: {first['msg']}, found {first['input']!r:.80}") from None
+        place = ".".join([where, *(str(part) for part in first["loc"] if part not in ("Lora", "Loss"))])
+        said = first["msg"].removeprefix("Value error, ")
+        raise ValueError(f"{place}: {said}, found {first['input']!r:.80}") from None
 
 
 def load_params(path: Path = PARAMS) -> Params:
@@ -425,6 +427,11 @@ def load_params(path: Path = PARAMS) -> Params:
 def _told_shortly(error: ValidationError, path: Path) -> CaloraError:
     first = error.errors()[0]
     key = ".".join(
+    _checked(Method, {**entry, "start": plain}, f"methods.{name}")
+
+
+def _checked(kind: type[Section], value: object, where: str) -> None:
+    """Raise ValueError, which names the first wrong key, unless the value is whole and in its ranges."""
         str(part) for part in first["loc"] if part not in ("pypi", "hub", "path", "scores", "files", "[key]")
     )
     found = "nothing" if first["type"] == "missing" else repr(first["input"])
