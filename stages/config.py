@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from calora.errors import CaloraError
 from stages.resolve import resolve
@@ -263,6 +273,7 @@ class Calibration(Section):
     """The sample of unlabelled texts that compression looks at."""
 
     texts: Positive
+    prompts: Annotated[float, Field(ge=0, le=1)]
     seed: int
 
 
@@ -273,7 +284,6 @@ class Lora(Section):
     rank: Positive
     lora_alpha: Annotated[float, Field(gt=0)]
 
-    prompts: Annotated[float, Field(ge=0, le=1)]
 
 class Bypass(Section):
     """The recovery bypass and its start."""
@@ -282,6 +292,7 @@ class Bypass(Section):
     rank: Positive
     activation: Literal["gelu", "relu", "silu", "identity"]
     start: Literal["weighted_error", "zero"]
+    format: Literal["bf16", "int8", "int4"]
 
     @model_validator(mode="after")
     def _even(self) -> Bypass:
@@ -315,6 +326,20 @@ class Loss(Section):
     labelled: Weight
     unlabelled: Weight
     unlabelled_every: Annotated[int, Field(ge=0)]
+    labels: int | Literal["all"]  # last: its check looks at the others
+
+    @field_validator("labels", mode="plain")
+    @classmethod
+    def _something_to_learn_from(cls, labels: Any, info: ValidationInfo) -> Any:
+        if labels != "all" and (not isinstance(labels, int) or isinstance(labels, bool) or labels < 0):
+            raise ValueError("all, or a number of labels, 0 or more")
+        others = info.data  # without those that are wrong: they have an error of their own
+        unlabelled = all(others.get(name, 1) for name in ("unlabelled", "unlabelled_every"))
+        teacher = any(others.get(name, 1) for name in ("alpha", "alpha_encoder", "kl"))
+        if labels == 0 and not (unlabelled and teacher):
+            expected = "labels, or a loss that looks at the teacher on unlabelled texts (unlabelled_every; alpha, kl)"
+            raise ValueError(expected)
+        return labels
 
 
 class Method(Section):
@@ -401,6 +426,11 @@ def _check_method(name: str, entry: dict[str, Any]) -> None:
     plain = (
         {**start, "budget": None if start.get("budget") is None else "another"} if isinstance(start, dict) else start
     )
+    _checked(Method, {**entry, "start": plain}, f"methods.{name}")
+
+
+def _checked(kind: type[Section], value: object, where: str) -> None:
+    """Raise ValueError, which names the first wrong key, unless the value is whole and in its ranges."""
     try:
         kind.model_validate(value)
     except ValidationError as error:
@@ -427,11 +457,6 @@ def load_params(path: Path = PARAMS) -> Params:
 def _told_shortly(error: ValidationError, path: Path) -> CaloraError:
     first = error.errors()[0]
     key = ".".join(
-    _checked(Method, {**entry, "start": plain}, f"methods.{name}")
-
-
-def _checked(kind: type[Section], value: object, where: str) -> None:
-    """Raise ValueError, which names the first wrong key, unless the value is whole and in its ranges."""
         str(part) for part in first["loc"] if part not in ("pypi", "hub", "path", "scores", "files", "[key]")
     )
     found = "nothing" if first["type"] == "missing" else repr(first["input"])
