@@ -6,7 +6,7 @@ export DVC_NO_ANALYTICS := 1
 export GOMP_SPINCOUNT ?= 1000
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup run ui compare ablation convergence smoke test lint format clean
+.PHONY: help setup run ui compare ablation convergence labels smoke test lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -33,6 +33,9 @@ ablation: setup  ## the paper's ablation: inherit x recover x distil (TASK=movie
 
 convergence: setup  ## validation accuracy against step on compressed models (TASK=movies RECIPES="q8 up m q8_up")
 	@$(BIN)/python -m pipeline convergence $(TASK:%=--task %) $(if $(RECIPES),--recipes $(RECIPES))
+
+labels: setup  ## accuracy against labels and against steps (TASK=movies RECIPE=q8_up COUNTS="0 100 400 1600" SEEDS=0)
+	@$(BIN)/python -m pipeline labels $(TASK:%=--task %) $(RECIPE:%=--recipe %) $(if $(COUNTS),--counts $(COUNTS)) $(if $(SEEDS),--seeds $(SEEDS))
 
 smoke: setup  ## the same stages and real input on a few hundred texts, in .smoke
 	@$(BIN)/python -m pipeline smoke

@@ -9,22 +9,18 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
-from collections.abc import Sequence
-from pathlib import Path
-
-import torch
 
 from calora.adapters.folder import read_adapter
 from calora.adapters.lora import lora_config
 from calora.common.files import read_json
 from calora.compressed import load
 from calora.distillation.distill import Pool, distill, finetune
-from calora.distillation.targets import Target, Targets
+from calora.distillation.targets import Targets
 from calora.distillation.training import Schedule
 from calora.inheritance.fresh import equal_budget
 from calora.models.anatomy import linear_layers
 from calora.models.loading import load_model, load_tokenizer, training_attention
-from calora.models.tasks import Example, encode_all
+from calora.models.tasks import encode_all
 from stages.common import BASE, METHODS, compressed, inherited, targets
 from stages.config import load_params
 from stages.distill import weights
@@ -39,27 +35,11 @@ ROWS = {
 SCHEDULE = Schedule(10, 5e-4, 2, 1.0, eval_every=0, checkpoint_seconds=1e9)
 
 
-class Chosen(Targets):
-    """The stored targets of some texts: index i here is the text `places[i]` there."""
-
-    def __init__(self, directory: Path, places: list[int]) -> None:
-        super().__init__(directory)
-        self.places = places
-
-    def with_answers(self, examples: Sequence[Example]) -> list[Example]:
-        """The examples as they are: all of the task's have answers."""
-        return list(examples)
-
-    def read(self, indices: Sequence[int], device: torch.device) -> Target:
-        """The targets of a batch."""
-        return super().read([self.places[i] for i in indices], device)
-
-
 def longest(split: str, count: int) -> Pool:
     """The longest texts of a split, with the teacher's targets."""
     examples = encode_all(read_task(TASK), load_tokenizer(BASE), read_split(TASK, split))
     places = sorted(range(len(examples)), key=lambda i: -examples[i].tokens)[:count]
-    return Pool([examples[i] for i in places], Chosen(targets(TASK) / split, places))
+    return Pool(examples, Targets(targets(TASK) / split)).take(places)
 
 
 def train(row: str) -> float:

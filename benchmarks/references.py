@@ -43,8 +43,8 @@ def calibration() -> list[list[int]]:
 
 
 def held_back() -> list[list[int]]:
-    """Token ids of the first texts of the files that are no calibration texts."""
-    tokenizer, seen = AutoTokenizer.from_pretrained(BASE), set(read(CALIBRATION))
+    """Token ids of the first texts of the files that are in no calibration text: those may be prompts."""
+    tokenizer, seen = AutoTokenizer.from_pretrained(BASE), "\n".join(read(CALIBRATION))
     chosen = [text for path, count in HELD_BACK.items() for text in [t for t in read(path) if t not in seen][:count]]
     return [tokenizer(text).input_ids for text in chosen]
 

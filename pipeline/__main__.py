@@ -170,9 +170,25 @@ def convergence(command: argparse.ArgumentParser) -> Act:
     return act
 
 
+def labels(command: argparse.ArgumentParser) -> Act:
+    """Accuracy against the number of labels, and against steps, of CA-LoRA and what it is compared with; as experiments, a table and a plot."""
+    command.add_argument("--task", default="movies")
+    command.add_argument("--recipe", default="q8_up")
+    command.add_argument("--counts", type=within(0, 2**31 - 1), nargs="+", default=[0, 100, 400, 1600])
+    command.add_argument("--seeds", type=within(0, 2**31 - 1), nargs="+", default=[0])
+
+    def act(chosen: argparse.Namespace) -> None:
+        alone()
+        from pipeline.labels import labels
+
+        print(labels(ROOT, chosen.task, chosen.recipe, chosen.counts, chosen.seeds).read_text(encoding="utf-8"))
+
+    return act
+
+
 COMMANDS = {
     "repro": repro, "smoke": smoke, "run": run, "ui": ui, "compare": compare, "sweep": sweep, "ablation": ablation,
-    "convergence": convergence,
+    "convergence": convergence, "labels": labels,
 }  # fmt: skip
 
 

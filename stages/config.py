@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from calora.errors import CaloraError
 from stages.resolve import resolve
@@ -263,6 +273,7 @@ class Calibration(Section):
     """The sample of unlabelled texts that compression looks at."""
 
     texts: Positive
+    prompts: Annotated[float, Field(ge=0, le=1)]
     seed: int
 
 
@@ -281,6 +292,7 @@ class Bypass(Section):
     rank: Positive
     activation: Literal["gelu", "relu", "silu", "identity"]
     start: Literal["weighted_error", "zero"]
+    format: Literal["bf16", "int8", "int4"]
 
     @model_validator(mode="after")
     def _even(self) -> Bypass:
@@ -314,6 +326,20 @@ class Loss(Section):
     labelled: Weight
     unlabelled: Weight
     unlabelled_every: Annotated[int, Field(ge=0)]
+    labels: int | Literal["all"]  # last: its check looks at the others
+
+    @field_validator("labels", mode="plain")
+    @classmethod
+    def _something_to_learn_from(cls, labels: Any, info: ValidationInfo) -> Any:
+        if labels != "all" and (not isinstance(labels, int) or isinstance(labels, bool) or labels < 0):
+            raise ValueError("all, or a number of labels, 0 or more")
+        others = info.data  # without those that are wrong: they have an error of their own
+        unlabelled = all(others.get(name, 1) for name in ("unlabelled", "unlabelled_every"))
+        teacher = any(others.get(name, 1) for name in ("alpha", "alpha_encoder", "kl"))
+        if labels == 0 and not (unlabelled and teacher):
+            expected = "labels, or a loss that looks at the teacher on unlabelled texts (unlabelled_every; alpha, kl)"
+            raise ValueError(expected)
+        return labels
 
 
 class Method(Section):
@@ -368,7 +394,7 @@ class Params(Section):
     def _names_exist(self) -> Params:
         if "calibration" not in self.compress:
             raise ValueError("compress.calibration is missing")
-        Calibration.model_validate(self.compress["calibration"])
+        _checked(Calibration, self.compress["calibration"], "compress.calibration")
         for kind, wanted, known in (
             ("tasks", self.tasks, list(self.data.sets)),
             ("recipes", self.recipes, list(self.compressions)),
@@ -400,12 +426,18 @@ def _check_method(name: str, entry: dict[str, Any]) -> None:
     plain = (
         {**start, "budget": None if start.get("budget") is None else "another"} if isinstance(start, dict) else start
     )
+    _checked(Method, {**entry, "start": plain}, f"methods.{name}")
+
+
+def _checked(kind: type[Section], value: object, where: str) -> None:
+    """Raise ValueError, which names the first wrong key, unless the value is whole and in its ranges."""
     try:
-        Method.model_validate({**entry, "start": plain})
+        kind.model_validate(value)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if part not in ("Lora", "Loss"))
-        raise ValueError(f"methods.{name}.{place}: {first['msg']}, found {first['input']!r:.80}") from None
+        place = ".".join([where, *(str(part) for part in first["loc"] if part not in ("Lora", "Loss"))])
+        said = first["msg"].removeprefix("Value error, ")
+        raise ValueError(f"{place}: {said}, found {first['input']!r:.80}") from None
 
 
 def load_params(path: Path = PARAMS) -> Params:

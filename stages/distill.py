@@ -1,32 +1,39 @@
 """Train the adapter that a method starts from, by the loss of the method; without a loss it stays as it is.
 
-Reads models/methods/<method>/loss.json, models/inherited/<task>/<recipe>/<method>, models/compressed/<recipe>,
-models/targets/<task>, data/<task>; writes models/<method>/<task>/<recipe> and results/<task>/<recipe>/curves/<method>.
+Reads models/methods/<method>, models/inherited/<task>/<recipe>/<method>, models/compressed/<recipe>, models/targets/<task>,
+data/<task>; writes models/<method>/<task>/<recipe> and results/<task>/<recipe>/curves/<method>.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from calora.adapters.cards import calora_card
+from calora.adapters.codes import rounded
 from calora.adapters.folder import read_adapter, write_adapter
-from calora.adapters.lora import Adapter, attach_adapter, set_active
+from calora.adapters.lora import Adapter, attach_adapter, detach_adapter, set_active
 from calora.common.files import read_json, whole_directory, write_text
 from calora.common.parallel import only_first_goes_on, place
 from calora.compressed import Compressed, load
 from calora.distillation.distill import Pool, distill
+from calora.distillation.labels import with_labels
 from calora.distillation.loss import Weights
 from calora.distillation.targets import Targets
-from calora.distillation.training import Checkpoint, History
+from calora.distillation.training import History
+from calora.errors import CaloraError
 from calora.models.loading import training_attention
 from calora.models.tasks import Task, encode_all, positions
 from calora.recovery.bypass import activate
 from stages.common import METHODS, adapter, compressed, inherited, results, run, targets
-from stages.config import Params
+from stages.config import Params, Start
 from stages.splits import read_split, read_task
-from stages.training import Score, checkpoint, run_key, schedule, scorer
+from stages.training import checkpoint, run_key, schedule, scorer
+
+MADE_BY = "run `dvc repro methods`"
 
 
 def main(params: Params, name: str, recipe: str, method: str) -> None:
@@ -34,58 +41,71 @@ def main(params: Params, name: str, recipe: str, method: str) -> None:
     task, source = read_task(name), inherited(name, recipe, method)
     model = load(compressed(recipe), dense=True, attention=training_attention())
     start, score = read_adapter(source), scorer(model, task, model.calora_tokenizer, params)
-    loss = read_json(METHODS / method / "loss.json", "run `dvc repro methods`")
-    out, saved = adapter(method, name, recipe), None
+    loss = read_json(METHODS / method / "loss.json", MADE_BY)
+    out, saved, kind = adapter(method, name, recipe), None, format_of(method)
     if loss.pop("steps"):
         inputs = [source, compressed(recipe), targets(name)]
         saved = checkpoint(out, run_key(params, name, inputs, (loss, str(model.dtype))))
-        made, history = trained(params, task, model, start, weights(loss), score, saved, str(out))
+        made, history = distill(
+            model, start, *pools(params, task, model, loss, method), score, weights(loss), batch_size=params.train.batch_size,
+            schedule=schedule(params), seed=params.seed, checkpoint=saved, title=str(out),
+        )  # fmt: skip
     else:
-        attach_adapter(model, start, "default")
-        set_active(model, "default")
-        place(model)
+        put_on(model, start)
         made, history = start, History(scores=[{"step": 0, "score": score()}])
-    activate(model, None)
     best = history.best["score"]
+    if made.recovery and kind != "bf16":  # what is stored is another function than what was trained
+        detach_adapter(model, "default")
+        put_on(model, replace(made, recovery=rounded(made.recovery, kind, torch.bfloat16)))
+        best = score()
+    activate(model, None)
     scores = {"validation_accuracy": best, "validation_accuracy_lora_alone": score() if start.recovery else best}
     only_first_goes_on()
     made.meta |= {"metrics": scores}
     base = str(compressed(recipe))
     card = calora_card(task, base, start.meta["origin"], *scores.values())
     write_curves(results(name, recipe, "curves", method), history)
-    write_adapter(out, made, base, card, torch.bfloat16, {"history.json": history.to_json()})
+    write_adapter(out, made, base, card, torch.bfloat16, {"history.json": history.to_json()}, kind)
     if saved:
         saved.clear()
 
 
-def trained(
-    params: Params,
-    task: Task,
-    model: Compressed,
-    start: Adapter,
-    loss: Weights,
-    score: Score,
-    saved: Checkpoint,
-    title: str,
-) -> tuple[Adapter, History]:
-    """The adapter after all steps, at its best validation score."""
+def format_of(method: str) -> str:
+    """How the method's bypass is stored."""
+    start = Start.model_validate(read_json(METHODS / method / "start.json", MADE_BY))
+    return "bf16" if start.bypass is None else start.bypass.format
 
-    limit = positions(model.config)
+
+def put_on(model: Compressed, made: Adapter) -> None:
+    """The adapter on the model, in use."""
+    attach_adapter(model, made, "default")
+    set_active(model, "default")
+    place(model)
+
+
+def pools(
+    params: Params, task: Task, model: Compressed, loss: dict[str, Any], method: str
+) -> tuple[Pool | None, Pool | None]:
+    """The texts that the method learns from with their labels, and those without; its loss says of how many it knows them."""
+    told, limit = weights(loss).needs_teacher, positions(model.config)
 
     def pool(split: str) -> Pool | None:
         rows = read_split(task.name, split)
-        told = Targets(targets(task.name) / split) if rows and loss.needs_teacher else None
-        return Pool(encode_all(task, model.calora_tokenizer, rows, limit), told) if rows else None
+        theirs = Targets(targets(task.name) / split) if rows and told else None
+        return Pool(encode_all(task, model.calora_tokenizer, rows, limit), theirs) if rows else None
 
-    labelled = pool("train")
+    labelled, unlabelled = pool("train"), pool("unlabelled") if told else None
+    if loss["labels"] == "all":
+        return labelled, unlabelled
     assert labelled is not None  # read_split raises on an empty training split
-    return distill(
-        model, start, labelled, pool("unlabelled") if loss.needs_teacher else None, score, loss,
-        batch_size=params.train.batch_size, schedule=schedule(params), seed=params.seed, checkpoint=saved, title=title,
-    )  # fmt: skip
+    try:
+        return with_labels(labelled, unlabelled, loss["labels"], params.seed)
+    except CaloraError as error:
+        error.args = (f"methods.{method}.loss in params.yaml: {error}",)
+        raise
 
 
-def weights(loss: dict[str, float]) -> Weights:
+def weights(loss: dict[str, Any]) -> Weights:
     """The weights of the loss, as loss.json has them."""
     alpha = {"decoder": loss["alpha"], "encoder": loss["alpha_encoder"]}
     return Weights(loss["task"], alpha, loss["kl"], loss["labelled"], loss["unlabelled"], int(loss["unlabelled_every"]))

@@ -72,7 +72,7 @@ def of_shape(start: Start) -> Start:
 def carried(start: Start, lora: str, model: Compressed, name: str, seed: int) -> tuple[Adapter, Inheritance]:
     """The teacher's LoRA (or a fresh one of its shape, or none) with the bypass of a start."""
     reference, calibration = None, []
-    bypass = None if start.bypass is None else Bypass(**start.bypass.model_dump())
+    bypass = None if start.bypass is None else Bypass(**start.bypass.model_dump(exclude={"format"}))
     if (bypass is not None and bypass.start != "zero") or (lora == "inherited" and model.calora_origin.kept):
         reference = load_model(BASE)
         rows = read_split(name, "train")[: start.calibration_texts]

@@ -13,6 +13,7 @@ from stages.resolve import resolve
 
 LABELS = {
     "task": 1.0, "alpha": 0.0, "alpha_encoder": 0.0, "kl": 0.0, "labelled": 0.0, "unlabelled": 0.0, "unlabelled_every": 0,
+    "labels": "all",
 }  # fmt: skip
 
 

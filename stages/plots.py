@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -28,9 +29,9 @@ def legend_once(figure: Figure, axes: Axes) -> None:
     figure.legend(once.values(), once.keys(), fontsize=8, ncols=4, loc="outside lower center")
 
 
-def below_and_above(m: dict[str, Any]) -> list[list[float]]:
-    """The lengths of an error bar: from an accuracy to the two ends of its interval."""
-    return [[m["accuracy"] - m["ci"][0]], [m["ci"][1] - m["accuracy"]]]
+def below_and_above(*found: Mapping[str, Any]) -> list[list[float]]:
+    """The lengths of error bars: from accuracies to the two ends of their intervals."""
+    return [[m["accuracy"] - m["ci"][0] for m in found], [m["ci"][1] - m["accuracy"] for m in found]]
 
 
 def curve(axes: Axes, method: str, scores: list[dict[str, float]], **look: Any) -> None:
@@ -138,17 +139,54 @@ def losses(parts: dict[str, list[tuple[int, float]]], title: str) -> Figure:
     return figure
 
 
+def curves_beside(panels: Sequence[Axes], curves: Mapping[str, Any]) -> None:
+    """Validation accuracy against step, a panel for each title."""
+    for axes, (title, methods) in zip(panels, curves.items(), strict=True):
+        for method, scores in methods.items():
+            curve(axes, method, scores)
+        axes.set(title=title, xlabel="step")
+        axes.grid(alpha=0.3)
+
+
 def convergences(curves: dict[str, Any], task: str) -> Figure:
     """Validation accuracy against step, a panel for each recipe."""
     figure = Figure(figsize=(3.2 * len(curves), 3.4), layout="constrained")
     panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
-    for axes, (recipe, methods) in zip(panels, curves.items(), strict=True):
-        for method, scores in methods.items():
-            curve(axes, method, scores)
-        axes.set(title=recipe, xlabel="step")
-        axes.grid(alpha=0.3)
+    curves_beside(panels, curves)
     panels[0].set_ylabel(f"{task}: validation accuracy")
     panels[0].legend(fontsize=8)
+    return figure
+
+
+def labels(scores: Mapping[str, Any], free: str, curves: Mapping[int, Any], title: str) -> Figure:
+    """Test accuracy against the number of labels, with intervals, and the validation accuracy against step, a panel a number.
+
+    Args:
+        scores: method -> number of labels -> accuracy and ci.
+        free: the method that takes no step: a line.
+        curves: number of labels -> method -> its validation scores.
+    """
+    figure = Figure(figsize=(4.6 + 2.6 * len(curves), 4.2), layout="constrained")
+    ratios = [1.7, *(1.0 for _ in curves)]
+    first, *panels = figure.subplots(1, 1 + len(curves), squeeze=False, width_ratios=ratios)[0]
+    for method, found in scores.items():
+        own = look_of(method)
+        if method == free:
+            (only,) = found.values()
+            first.axhline(only["accuracy"], ls="--", lw=1, color=own.colour, label=own.label)
+            first.axhspan(*only["ci"], alpha=0.1, color=own.colour, lw=0)
+            continue
+        places, values = [list(curves).index(count) for count in found], [m["accuracy"] for m in found.values()]
+        bars = below_and_above(*found.values())
+        first.errorbar(places, values, bars, fmt=f"{own.marker}-", ms=7, capsize=3, color=own.colour, label=own.label)
+    first.set_xticks(range(len(curves)), list(map(str, curves)))
+    first.set(xlabel="labels", ylabel="test accuracy", title=title)
+    first.grid(alpha=0.3)
+    curves_beside(panels, {f"{count} labels": methods for count, methods in curves.items()})
+    for axes in panels[1:]:
+        axes.sharey(panels[0])
+    panels[0].set_ylabel("validation accuracy")
+    legend_once(figure, first)
     return figure
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
+from calora.adapters.codes import FIX, FORMATS, decode_recovery, encode_recovery
 from calora.adapters.features import plain_lora
 from calora.adapters.lora import PREFIX, Adapter
 from calora.adapters.prompts import task_of
@@ -27,8 +28,8 @@ CONFIG, LORA, RECOVERY, META = (
     "recovery.safetensors",
     "calora.json",
 )
-FIX = "make the adapter again, or name another folder"
-ABOUT = ("lora", "recovery", "versions", "sha256")  # entries of calora.json that describe the folder itself
+# Entries of calora.json that describe the folder itself.
+ABOUT = ("lora", "recovery", "recovery_format", "versions", "sha256")
 
 
 def write_adapter(
@@ -38,6 +39,7 @@ def write_adapter(
     card: str,
     dtype: torch.dtype,
     notes: Mapping[str, object] | None = None,
+    recovery_format: str = "bf16",
 ) -> None:
     """Write an adapter folder; where there is a LoRA, PEFT reads it as a plain one.
 
@@ -46,8 +48,9 @@ def write_adapter(
     Args:
         base: what `base_model_name_or_path` says.
         card: the text of README.md.
-        dtype: of the stored tensors.
+        dtype: of the stored tensors; of codes, that of their scales.
         notes: JSON files to put beside them, by name.
+        recovery_format: of the recovery part alone: `bf16` (as it is, in `dtype`), `int8` or `int4` (see `codes`).
     """
     if not adapter.meta and adapter.config is None:
         raise CaloraError(directory, "a LoRA, or what calora.json should say", "neither", "give the adapter its meta")
@@ -56,10 +59,11 @@ def write_adapter(
             write_json(scratch / CONFIG, _config_json(adapter, adapter.config, base))
             write_tensors(scratch / LORA, {PREFIX + key: tensor.to(dtype) for key, tensor in adapter.lora.items()})
         if adapter.recovery:
-            write_tensors(scratch / RECOVERY, {key: tensor.to(dtype) for key, tensor in adapter.recovery.items()})
+            write_tensors(scratch / RECOVERY, encode_recovery(adapter.recovery, recovery_format, dtype))
         if adapter.meta:
             parts = {"lora": adapter.config is not None, "recovery": bool(adapter.recovery)}
-            about = {**adapter.meta, **parts, "versions": versions()}
+            kind = {"recovery_format": recovery_format} if adapter.recovery else {}
+            about = {**adapter.meta, **parts, **kind, "versions": versions()}
             about["sha256"] = {name: sha256(scratch / name) for name in _files(parts)}
             about["sha256"][META] = _digest(about)
             write_json(scratch / META, about)
@@ -106,6 +110,8 @@ def read_plain_lora(directory: Path) -> Adapter:
 def read_adapter(directory: Path) -> Adapter:
     """Read a CA-LoRA adapter folder: calora.json, and the LoRA and the recovery part that it names.
 
+    A recovery part in codes comes back as the rounded values, in fp32.
+
     Raises:
         CaloraError: a file is missing, truncated, or not the one that calora.json describes.
     """
@@ -119,7 +125,8 @@ def read_adapter(directory: Path) -> Adapter:
             raise CaloraError(directory / name, f"SHA-256 {about['sha256'][name]}", found, f"it was edited: {FIX}")
     adapter = read_plain_lora(directory) if about["lora"] else Adapter(None, {})
     if about["recovery"]:
-        adapter.recovery = read_tensors(directory / RECOVERY, FIX)
+        stored, path = read_tensors(directory / RECOVERY, FIX), directory / RECOVERY
+        adapter.recovery = decode_recovery(stored, about.get("recovery_format", "bf16"), path)
     adapter.meta = {key: value for key, value in about.items() if key not in ABOUT}
     return adapter
 
@@ -139,4 +146,6 @@ def _check_about(path: Path, about: Mapping[str, Any]) -> None:
         )
     if about["recovery"] and about.get("activation") not in ACTIVATIONS:
         raise CaloraError(path, f"an activation among {', '.join(ACTIVATIONS)}", about.get("activation"), FIX)
+    if about.get("recovery_format", "bf16") not in FORMATS:  # adapters of before have no such entry
+        raise CaloraError(path, f"a recovery_format among {', '.join(FORMATS)}", about["recovery_format"], FIX)
     task_of(path, about["task"])

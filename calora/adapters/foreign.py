@@ -14,8 +14,9 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from calora.adapters.codes import FIX
 from calora.adapters.features import FEATURES, MERGE, PLAIN, PLAIN_STARTS, plain_lora, refused
-from calora.adapters.folder import CONFIG, FIX, LORA
+from calora.adapters.folder import CONFIG, LORA
 from calora.adapters.lora import (
     OWN_BASE,
     PREFIX,

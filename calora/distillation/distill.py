@@ -17,6 +17,7 @@ from calora.common.parallel import place, share, weight
 from calora.distillation.loss import Weights, loss_of, task_loss
 from calora.distillation.targets import Targets
 from calora.distillation.training import Checkpoint, History, Losses, Schedule, train
+from calora.errors import CaloraError
 from calora.models.families import IGNORE, family_of
 from calora.models.tasks import Example
 
@@ -76,11 +77,16 @@ class Pool:
         """The examples; where no answer is known, with the teacher's own."""
         return list(self.examples) if self.targets is None else self.targets.with_answers(self.examples)
 
+    def take(self, places: Sequence[int]) -> Pool:
+        """Some of the texts, in the order of `places`."""
+        answered = self.answered()
+        return Pool([answered[place] for place in places], self.targets and self.targets.take(places))
+
 
 def distill(
     model: PreTrainedModel,
     adapter: Adapter,
-    labelled: Pool,
+    labelled: Pool | None,
     unlabelled: Pool | None,
     score: Callable[[], float],
     weights: Weights,
@@ -97,23 +103,30 @@ def distill(
     Args:
         model: the compressed model's dense view, changed in place.
         adapter: what the training starts from, such as `inherit` gives.
-        labelled, unlabelled: texts; without unlabelled ones every step is labelled.
+        labelled, unlabelled: texts; without unlabelled ones every step is labelled, without labelled ones none is.
         score: () -> validation score.
         weights: of the loss; by default L = L_task.
 
     Returns:
         The adapter with the best validation score, and the curves.
+
+    Raises:
+        CaloraError: there are neither labelled texts nor unlabelled ones that the loss looks at.
     """
+    every = weights.unlabelled_every if unlabelled and weights.needs_teacher else 0
+    if labelled is None and not every:
+        expected = "labelled texts, or unlabelled ones and a loss that looks at the teacher there"
+        raise CaloraError("distill", expected, "neither", "give it texts with labels, or raise unlabelled_every")
     attach_adapter(model, adapter, name)
     set_active(model, name)
     place(model)
     family = family_of(model)
-    pools = [labelled] if unlabelled is None else [labelled, unlabelled]
-    every = weights.unlabelled_every if unlabelled and weights.needs_teacher else 0
+    every = every if labelled else 1
+    pools = [pool or Pool([]) for pool in (labelled, unlabelled)]
     texts = [pool.answered() for pool in pools]
     plans = [
-        epoch_batches([e.tokens for e in pool], batch_size, schedule.steps, seed + 1000 * i)
-        for i, pool in enumerate(texts)
+        epoch_batches([e.tokens for e in pool], batch_size, schedule.steps, seed + 1000 * i) if used else []
+        for i, (pool, used) in enumerate(zip(texts, (labelled, unlabelled), strict=True))
     ]
 
     def loss_of_step(step: int) -> tuple[Losses, int]:

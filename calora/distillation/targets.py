@@ -5,6 +5,7 @@ So the teacher is never in memory beside the student, and every change of compre
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -123,16 +124,28 @@ class Targets:
 
     def __init__(self, directory: Path) -> None:
         paths = sorted(directory.glob("targets-*.safetensors")) or [directory / "targets-00000.safetensors"]
-        self.files: dict[int, Any] = {}
+        self.rows: dict[int, tuple[Any, int]] = {}  # text -> its file, and its number there
         names: set[str] = set()
         for path in paths:
             check_tensors(path, MADE_BY)
             file = safe_open(path, framework="pt")
             for name in file.keys():  # type: ignore[no-untyped-call]  # noqa: SIM118  (not a dict)
                 index, _, kind = name.partition(".")
-                self.files[int(index)] = file
+                self.rows[int(index)] = (file, int(index))
                 names.add(kind)
         self.stacks = sorted(name.removeprefix("hidden.") for name in names if name.startswith("hidden."))
+
+    def take(self, places: Sequence[int]) -> Targets:
+        """Those of some texts: text i of the result is text `places[i]` here."""
+        taken = copy.copy(self)
+        taken.rows = {i: self.rows[place] for i, place in enumerate(places)}
+        return taken
+
+    def followed_by(self, other: Targets) -> Targets:
+        """These, and then those of the texts of another pool."""
+        both = copy.copy(self)
+        both.rows = self.rows | {len(self.rows) + i: row for i, row in other.rows.items()}
+        return both
 
     def with_answers(self, examples: Sequence[Example]) -> list[Example]:
         """The examples with the answers that the targets are about (the teacher's own where none was known).
@@ -140,8 +153,8 @@ class Targets:
         Raises:
             CaloraError: the targets were made from another number of examples.
         """
-        if self.files.keys() != set(range(len(examples))):
-            raise CaloraError("teacher targets", len(examples), len(self.files), MADE_BY)
+        if self.rows.keys() != set(range(len(examples))):
+            raise CaloraError("teacher targets", len(examples), len(self.rows), MADE_BY)
         return [
             example if example.answer_ids else replace(example, answer_ids=self._tensor(index, "answer_ids").tolist())
             for index, example in enumerate(examples)
@@ -158,5 +171,6 @@ class Targets:
         return Target(hidden, token_ids, logits)
 
     def _tensor(self, index: int, kind: str) -> Tensor:
-        tensor: Tensor = self.files[index].get_tensor(f"{index}.{kind}")
+        file, number = self.rows[index]
+        tensor: Tensor = file.get_tensor(f"{number}.{kind}")
         return tensor
