@@ -17,7 +17,7 @@ from calora.layers.nf4 import their_name
 OURS = "calora"
 ENTRY = (
     "kind", "format", "in", "out", "rows", "width", "padding", "factor", "dtype", "sparse", "group", "symmetric", "outliers",
-    "inputs", "output", "experts", "shared", "size", "active", "threshold", "router",
+    "inputs", "output", "experts", "shared", "size", "active", "threshold", "router", "recovery",
 )  # fmt: skip
 
 
@@ -30,17 +30,18 @@ def quantization_config(report: Mapping[str, Any], theirs: bool = True) -> dict[
     layers: Mapping[str, Mapping[str, Any]] = report["layers"]
     entries = {name: {key: entry[key] for key in ENTRY if key in entry} for name, entry in layers.items()}
     kinds = {entry["kind"] for entry in entries.values()}
-    if kinds <= {"dense"}:
+    if kinds <= {"dense"} and not any("recovery" in entry for entry in entries.values()):
         return None
     packed = [entry for entry in entries.values() if entry["kind"] == "packed"]
     # compressed-tensors 0.20 cannot load an asymmetric grid: it expects its packed zero points unpacked.
     beyond = any(entry["sparse"] or entry["outliers"] or not entry["symmetric"] for entry in packed)
     beyond |= any(entry["format"] not in ("int8", "int4") for entry in packed)
-    # It expects plain tables in int8.
+    # It expects plain tables in int8, and nothing beside a layer.
     beyond |= any("factor" in e or e["format"] != "int8" for e in entries.values() if e["kind"] == "embedding")
+    beyond |= any("recovery" in entry for entry in entries.values())
     if theirs and kinds <= {"packed", "embedding"} and not beyond:
         return compressed_tensors(entries)
-    if theirs and kinds == {"nf4"}:
+    if theirs and kinds == {"nf4"} and not beyond:
         return bitsandbytes(next(iter(entries.values()))["dtype"])
     return {"quant_method": OURS, "layers": entries, "tied": report["tied"]}
 

@@ -6,11 +6,11 @@ import json
 import shutil
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from calora.common.files import fingerprint, whole_directory, write_json
-from calora.common.tensors import write_tensors
+from calora.common.tensors import each_once, write_tensors
 from calora.errors import CaloraError
 from calora.formats import quantization_config, stored_as
 from calora.layers.experts import ExpertLinear, Experts
@@ -36,15 +36,7 @@ def save(model: PreTrainedModel, report: Report, directory: Path, base: Path) ->
         CaloraError: the report is not that of the model, or the model was prepared to compute.
     """
     check_stored_form(model, report)
-    tensors: dict[str, Tensor] = {}
-    tied: dict[str, str] = {}
-    names: dict[int, str] = {}
-    for name, tensor in model.state_dict().items():
-        first = names.setdefault(tensor.data_ptr(), name) if tensor.numel() else name
-        if first == name:
-            tensors[name] = tensor
-        else:
-            tied[name] = first
+    tensors, tied = each_once(model.state_dict())
     told = {**report.to_json(), "tied": tied}
     theirs = not model._keep_in_fp32_modules and covers(model, report)
     format = quantization_config(told, theirs)

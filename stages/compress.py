@@ -22,7 +22,7 @@ from stages.common import BASE, CHECKPOINTS, compressed, results, run
 from stages.config import Params
 from stages.splits import read_calibration
 
-CODE = ("compression", "layers", "models")  # rooms of calora that decide what a finished block is
+CODE = ("compression", "layers", "models", "recovery")  # rooms of calora that decide what a finished block is
 
 
 def main(params: Params, recipe: str) -> None:

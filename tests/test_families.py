@@ -69,6 +69,7 @@ SHRINK = {"importance": "activation", "compensate": True}
 STEPS = {
     "int8": {"quantize": {"format": "int8"}},
     "int4": {"quantize": {"format": "int4", "group": 32}},
+    "int2": {"quantize": {"format": "int2", "group": 32}},
     "nf4": {"quantize": {"format": "nf4"}},
     "embeddings int8": {"quantize": {"format": "int8", "embeddings": "int8"}},
     "2:4": {"prune": {"score": "wanda", "pattern": "2:4"}},
@@ -76,6 +77,10 @@ STEPS = {
     "heads": {"shrink": {**SHRINK, "heads": 0.5}},
     "layers": {"shrink": {**SHRINK, "layers": 0.5}},
     "moefy": {"moefy": {"experts": 8, "active": 0.5, "clustering": "coactivation", "router": "analytic"}},
+    "2:4, recover": {
+        "prune": {"score": "wanda", "pattern": "2:4"},
+        "recover": {"rank": 2, "fit": "alternate", "rounds": 2, "format": "int8"},
+    },
 }
 SEPARATE = ("OPT", "BART")  # their blocks hold the layers of the feed-forward themselves
 FUSED = ("Phi", "GPT-NeoX", *SEPARATE)
@@ -152,7 +157,7 @@ def outcome(base: Path, step: dict, folder: Path) -> str:
     original = walk._record
     walk._record = lambda *args: began.append(1) or original(*args)
     try:
-        report = compress(model, [step], Calibration(TEXTS))
+        report = compress(model, [{name: options} for name, options in step.items()], Calibration(TEXTS))
     except CaloraError as error:
         assert not began and model.state_dict().keys() == before.keys(), error
         return str(error)

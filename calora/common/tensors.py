@@ -16,6 +16,20 @@ from torch import Tensor
 from calora.common.files import check_tensors
 
 
+def each_once(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, each of those that share memory under its first name alone; other name -> first name)."""
+    kept: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    names: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        first = names.setdefault(tensor.data_ptr(), name) if tensor.numel() else name
+        if first == name:
+            kept[name] = tensor
+        else:
+            tied[name] = first
+    return kept, tied
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors as safetensors, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from calora.compression import moefy, prune, quantize, shrink
+from calora.compression import moefy, prune, quantize, recover, shrink
 from calora.compression.options import FIX, Plan, parse
 from calora.compression.walk import Calibration, Change, Part, Walked, check_finite, each_block
 from calora.errors import CaloraError
@@ -45,11 +45,12 @@ class Step:
     check: Callable[[PreTrainedModel, Any], PreTrainedModel | None]
     changes: tuple[Callable[..., Change], ...]
     after: Callable[[Any], Mapping[str, str]]
-    plan: Callable[[PreTrainedModel, Any, Sequence[Example]], Plan] = lambda *_: Plan()
+    plan: Callable[..., Plan] = lambda *_: Plan()
     finish: Callable[[PreTrainedModel, Any, Plan], list[str]] = lambda *_: []
 
 
-CODES = {"quantize": "codes of quantised weights cannot be changed"}
+LAST = {"recover": "its map was fitted to what the steps before it left"}
+CODES = {"quantize": "codes of quantised weights cannot be changed"} | LAST
 NO_PATTERN = {"prune": "bitsandbytes stores no pattern; use int8 or int4"}
 STEPS: dict[str, Step] = {
     "shrink": Step(
@@ -68,6 +69,11 @@ STEPS: dict[str, Step] = {
     "quantize": Step(
         quantize.Options, quantize.check, (quantize.change,),
         lambda options: CODES | (NO_PATTERN if options.format == "nf4" else {}), finish=quantize.finish,
+    ),
+    "recover": Step(
+        recover.Options, recover.check, (recover.change,), lambda options: LAST | (
+            {"shrink": "a budget needs the widths of before; give it a rank"} if options.budget else {}
+        ), recover.plan,
     ),
 }  # fmt: skip
 
@@ -99,8 +105,8 @@ def compress(
     before = {name: tensor.nbytes for name, tensor in model.state_dict().items()}
     stored = model.dtype
     with computing_in(model, compute or _fast(stored), stored):
-        plans, spent = _plans(model, steps, calibration.examples)
-        found = each_block(model, _parts(steps, plans), calibration, stored)
+        plans, parts, spent = _planned(model, steps, calibration.examples, stored)
+        found = each_block(model, parts, calibration, stored)
     for what, seconds in spent.items():
         found.took(what, seconds)
     for (step, options), plan in zip(steps, plans, strict=True):
@@ -132,6 +138,8 @@ def check_recipe(recipe: Recipe, done: Recipe = ()) -> list[tuple[str, Any]]:
         for name, reason in STEPS[step].after(options).items():
             if name in earlier:
                 raise CaloraError("recipe", f"no {step} after {name}", f"one: {reason}", FIX)
+        if step == "recover" and not {name for name, _ in steps} & set(recover.JOINT):
+            raise CaloraError("recipe", f"recover after {' or '.join(recover.JOINT)}", "none before it", FIX)
         steps.append((step, options))
         earlier.append(step)
     if not steps:
@@ -158,25 +166,26 @@ def _fast(stored: torch.dtype) -> torch.dtype:
     return compute_dtype() if stored == torch.bfloat16 else stored
 
 
-def _plans(
-    model: PreTrainedModel, steps: Sequence[tuple[str, Any]], examples: Sequence[Example]
-) -> tuple[list[Plan], dict[str, float]]:
-    """What the steps find out of the whole model, and the seconds that each took for it."""
+def _planned(
+    model: PreTrainedModel, steps: Sequence[tuple[str, Any]], examples: Sequence[Example], stored: torch.dtype
+) -> tuple[list[Plan], list[Part], dict[str, float]]:
+    """What the steps find out of the whole model, what is done to each block, and the seconds that each step took by now.
+
+    A recovery goes through the steps that it is fitted together with itself.
+    """
     plans: list[Plan] = []
+    parts: list[Part] = []
     spent: dict[str, float] = {}
     for step, options in steps:
-        start = time.monotonic()
-        plans.append(STEPS[step].plan(model, options, examples))
+        start, joint = time.monotonic(), {}
+        if step == "recover":
+            joint = {"steps": [part for part in parts if part[0] in recover.JOINT]}
+            parts = [part for part in parts if part[0] not in recover.JOINT]
+        more = joint | ({"dtype": stored} if joint else {})
+        plans.append(STEPS[step].plan(model, options, examples, **more))
+        parts += [(step, partial(change, options=options, plan=plans[-1], **joint)) for change in STEPS[step].changes]
         spent[step] = time.monotonic() - start
-    return plans, spent
-
-
-def _parts(steps: Sequence[tuple[str, Any]], plans: Sequence[Plan]) -> list[Part]:
-    return [
-        (step, partial(change, options=options, plan=plan))
-        for (step, options), plan in zip(steps, plans, strict=True)
-        for change in STEPS[step].changes
-    ]
+    return plans, parts, spent
 
 
 def _report(
@@ -190,13 +199,15 @@ def _report(
     """The report, with how each changed layer is stored, and its bytes."""
     layers: dict[str, Any] = {}
     owned: set[str] = set()
+    counted: set[int] = set()  # a map that several layers share counts once
     for name, notes in found.layers.items():
         entry, tensors = store(model.get_submodule(name))
         owned |= {f"{name}.{key}" for key in tensors}
         sizes = {
             "bytes_before": before.get(f"{name}.weight", 0),
-            "bytes_after": sum(t.nbytes for t in tensors.values()),
+            "bytes_after": sum(t.nbytes for t in tensors.values() if t.data_ptr() not in counted),
         }
+        counted |= {t.data_ptr() for t in tensors.values()}
         layers[name] = {**entry, **sizes, "steps": notes}
     seconds = {what: round(value, 1) for what, value in found.seconds.items()}
     return Report(

@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from calora.compression.surgeon import COLUMNS, inverse_factor, sweep
+from calora.compression.surgeon import COLUMNS, LAZY, inverse_factor, sweep
 from calora.layers.codes import Grid
 
 
@@ -24,9 +25,7 @@ def gptq(
         fit: (weights [out, group], `importance` of their squared errors [out, group]: H_jj, 0 where cut) -> their grid.
         group: inputs that share a scale: at most 128 (it divides that), or the whole row.
     """
-    diagonal = moment.diagonal().view(-1, group)  # [groups, group]
-    places = diagonal.mean(1).argsort(descending=True)  # [groups]
-    order = (places.unsqueeze(1) * group + diagonal[places].argsort(1, descending=True)).flatten()  # [in]
+    places, order, ordered = _in_order(moment, group)
     kept = torch.ones_like(weight, dtype=torch.bool) if keep is None else keep[:, order]
     size = moment.diagonal()[order]  # [in]
     start, grids = weight[:, order], dict[int, Grid]()
@@ -39,5 +38,19 @@ def gptq(
             grids[place] = fit(now * kept[:, own], importance=size[own] * kept[:, own])
         return grids[place].column(column) * kept[:, index]
 
-    values = sweep(start, inverse_factor(moment[order][:, order]), decide, COLUMNS)
+    values = sweep(start, inverse_factor(ordered), decide, group if group <= COLUMNS else LAZY)
     return values[:, order.argsort()], Grid.of_groups([grids[place] for place in range(len(places))])
+
+
+_orders = WeakTensorKeyDictionary()  # moment -> group -> what `_in_order` made of them, for as long as the moment lives
+
+
+def _in_order(moment: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(the groups [groups] and the inputs [in] in the order in which they go, H [in, in] in that order)."""
+    known: dict[int, tuple[Tensor, Tensor, Tensor]] = _orders.setdefault(moment, {})
+    if group not in known:
+        diagonal = moment.diagonal().view(-1, group)  # [groups, group]
+        places = diagonal.mean(1).argsort(descending=True)  # [groups]
+        order = (places.unsqueeze(1) * group + diagonal[places].argsort(1, descending=True)).flatten()  # [in]
+        known[group] = places, order, moment[order][:, order]
+    return known[group]

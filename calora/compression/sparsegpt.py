@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from calora.compression.surgeon import COLUMNS, inverse_factor, sweep
+from calora.compression.surgeon import LAZY, inverse_factor, sweep
 
 Choose = Callable[[Tensor], Tensor]  # scores [out, n] -> which to keep, bool [out, n]
 
@@ -23,4 +23,4 @@ def sparsegpt(weight: Tensor, moment: Tensor, choose: Choose, span: int) -> tupl
             keep[:, index : index + span] = choose((ahead[:, :span] / scale).square())
         return column * keep[:, index]
 
-    return sweep(weight, factor, decide, -(-COLUMNS // span) * span), keep
+    return sweep(weight, factor, decide, -(-LAZY // span) * span), keep

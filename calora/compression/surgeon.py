@@ -11,13 +11,25 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 DAMPING = 0.01  # of the mean of the diagonal, added to it, as both papers do
-COLUMNS = 128  # updated lazily: the columns after a span are touched once a span
+COLUMNS = 128  # the most that are decided on together
+LAZY = 32  # the columns after a span are touched once a span, by one product
+
+
+_factors = WeakTensorKeyDictionary()  # moment -> its factor, for as long as the moment lives
 
 
 def inverse_factor(moment: Tensor) -> Tensor:
-    """U [in, in], fp32, with U^T U = (H + damping)^-1."""
+    """U [in, in], fp32, with U^T U = (H + damping)^-1; made once for each tensor."""
+    if moment not in _factors:
+        _factors[moment] = _inverse_factor(moment)
+    known: Tensor = _factors[moment]
+    return known
+
+
+def _inverse_factor(moment: Tensor) -> Tensor:
     damped = moment.double().clone()
     diagonal = damped.diagonal()
     diagonal += DAMPING * diagonal.mean().clamp_min(1e-12)

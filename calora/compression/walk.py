@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from transformers import PreTrainedModel
 
 from calora.common.batching import equal_length_batches, length_batches
 from calora.common.progress import progress
-from calora.common.tensors import write_tensors
+from calora.common.tensors import each_once, write_tensors
 from calora.errors import CaloraError
 from calora.layers.layout import dense_weight, restore, store
 from calora.models.anatomy import block_layers, stacks
@@ -53,11 +54,13 @@ class Change:
         modules: full name -> the module that takes its place.
         notes: full name of a layer -> what the report says of it.
         kept: `<layer>.rows` / `<layer>.columns` -> indices of the outputs / inputs that remain, in their new order.
+        earlier: full name of a layer -> step -> notes, of the steps that this one went through itself.
     """
 
     modules: dict[str, nn.Module] = field(default_factory=dict)
     notes: dict[str, dict[str, Any]] = field(default_factory=dict)
     kept: dict[str, Tensor] = field(default_factory=dict)
+    earlier: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
 
 
 @dataclass
@@ -138,6 +141,7 @@ class Block:
         self.before: list[Tensor] = []  # its outputs as it was found, once a pass has seen them
         self._moments: dict[str, Tensor] = {}
         self._largest: dict[str, Tensor] = {}
+        self._held = False
 
     @property
     def module(self) -> nn.Module:
@@ -150,10 +154,21 @@ class Block:
         return block_layers(self.name, self.module)
 
     def put(self, modules: Mapping[str, nn.Module]) -> None:
-        """Replace some modules; inputs are measured anew when they are asked for."""
+        """Replace some modules; inputs are measured anew when they are asked for, unless they are held."""
         for name, module in modules.items():
             self.model.set_submodule(name, module)
-        self._moments, self._largest = {}, {}
+        if not self._held:
+            self._moments, self._largest = {}, {}
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inputs stay as they were measured, whatever is put in the place of layers; it is put back at the end."""
+        self.moments()
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
 
     def run(self, watch: Mapping[str, Callable[[Tensor, Tensor], None]] | None = None) -> Iterator[Tensor]:
         """Yield the block's output [B, T, H] batch by batch.
@@ -283,6 +298,8 @@ def _compress(block: Block, parts: Sequence[Part]) -> tuple[Walked, list[str]]:
         errors = _errors(block, done)
         block.put(done.modules)
         modules |= dict.fromkeys(done.modules)
+        for name, earlier in done.earlier.items():
+            made.layers.setdefault(name, {}).update(earlier)
         for name in sorted({*done.modules, *done.notes}):
             made.layers.setdefault(name, {}).setdefault(step, {}).update(
                 done.notes.get(name, {}) | errors.get(name, {})
@@ -355,7 +372,8 @@ def _keep(path: Path, model: PreTrainedModel, made: Walked, modules: Sequence[st
     for name in modules:
         entries[name], own = store(model.get_submodule(name))
         tensors |= {f"{name}|{key}": value for key, value in own.items()}
-    told = {"entries": entries, "layers": made.layers, "blocks": made.blocks, "seconds": made.seconds}
+    tensors, tied = each_once(tensors)
+    told = {"entries": entries, "tied": tied, "layers": made.layers, "blocks": made.blocks, "seconds": made.seconds}
     write_tensors(path, tensors, {"done": json.dumps(told)})
 
 
@@ -364,6 +382,7 @@ def _take(path: Path, model: PreTrainedModel) -> Walked:
     with safe_open(path, framework="pt") as file:
         told: dict[str, Any] = json.loads(file.metadata()["done"])
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
+    tensors |= {other: tensors[first] for other, first in told["tied"].items()}
     own: dict[str, dict[str, Tensor]] = {name: {} for name in [*told["entries"], "kept"]}
     for key, tensor in tensors.items():
         owner, _, part = key.partition("|")

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from calora.errors import CaloraError
 from calora.layers.packed import PackedLinear, Packing, kernel_takes
+from calora.recovery.shared import attach_shared, shared_of
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,10 @@ class Experts(nn.Module):
         for name in (*self.routing.inputs, self.routing.output):
             layer = getattr(self, name)
             if ExpertLinear.takes(layer):
-                setattr(self, name, ExpertLinear(layer, self.choice, reads_neurons=name == self.routing.output))
+                made, recovery = ExpertLinear(layer, self.choice, name == self.routing.output), shared_of(layer)
+                if recovery is not None:
+                    attach_shared(made, recovery)
+                setattr(self, name, made)
 
     def extra_repr(self) -> str:
         """The routing, as `print(model)` shows it."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from calora.layers.experts import ExpertLinear, Experts
 from calora.layers.nf4 import Nf4Linear
 from calora.layers.packed import PackedEmbedding, PackedLinear, Packing, ScaledEmbedding
+from calora.recovery.shared import CHILD, SharedRecovery, attach_shared, read_once, shared_of
 
 
 def store(layer: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -18,14 +19,19 @@ def store(layer: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if isinstance(layer, Experts):
         return {"kind": "experts", **layer.describe()}, layer.tensors()
     tensors = {name: tensor.detach() for name, tensor in layer.state_dict().items()}
-    dtype = {"dtype": str(getattr(layer, "dtype", None) or layer.get_parameter("weight").dtype).removeprefix("torch.")}
+    dtype: dict[str, Any] = {
+        "dtype": str(getattr(layer, "dtype", None) or layer.get_parameter("weight").dtype).removeprefix("torch.")
+    }
     if isinstance(layer, PackedEmbedding):
         shape = {"rows": layer.num_embeddings, "width": layer.embedding_dim, "padding": layer.padding_idx}
         factor = {} if layer.factor is None else {"factor": layer.factor}
         return {"kind": "embedding", "format": layer.format, **shape, **dtype, **factor}, tensors
+    assert isinstance(layer, nn.Linear)
+    recovery = shared_of(layer)
+    if recovery is not None:
+        dtype |= {"recovery": recovery.describe()}
     if isinstance(layer, PackedLinear):
         return {"kind": "packed", **layer.describe(), **dtype}, tensors
-    assert isinstance(layer, nn.Linear)
     kind = {"kind": "nf4", "format": "nf4"} if isinstance(layer, Nf4Linear) else {"kind": "dense", "format": "native"}
     return {**kind, "in": layer.in_features, "out": layer.out_features, **dtype}, tensors
 
@@ -34,6 +40,11 @@ def restore(old: nn.Module, entry: Mapping[str, Any], tensors: Mapping[str, Tens
     """The layer that `store` described; `old` is what stands in its place."""
     if entry["kind"] == "experts":
         return Experts.wrap(old, entry, dict(tensors))
+    if "recovery" in entry:
+        inside, outside = parted(tensors)
+        whole = restore(old, {key: value for key, value in entry.items() if key != "recovery"}, outside)
+        attach_shared(whole, SharedRecovery().restore(inside))
+        return whole
     dtype = getattr(torch, entry["dtype"])
     if entry["kind"] == "nf4":
         return Nf4Linear(entry["in"], entry["out"], dtype).restore(tensors)
@@ -43,6 +54,13 @@ def restore(old: nn.Module, entry: Mapping[str, Any], tensors: Mapping[str, Tens
     if entry["kind"] == "dense":
         return dense_layer(tensors["weight"], tensors.get("bias"))
     return packed(entry).restore(tensors)
+
+
+def parted(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors of a layer's recovery, by its own names, and those of the layer."""
+    prefix = f"{CHILD}."
+    inside = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return inside, {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
 
 
 def packed(entry: Mapping[str, Any]) -> PackedLinear:
@@ -97,6 +115,7 @@ def build(
             made.dtype = compute
         model.set_submodule(layer, made)
     model.load_state_dict({name: read(name) for name in names if name not in done}, strict=False, assign=True)
+    read_once(model)
 
 
 def prepare(model: nn.Module) -> None:
@@ -133,7 +152,14 @@ def rows_of(layer: nn.Linear, rows: Tensor) -> nn.Linear:
 
 
 def dense_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
-    """The dense view of any layer's weight."""
+    """The dense view of any layer's weight, with its recovery."""
+    recovery = shared_of(layer)
+    if recovery is not None:
+        return (_own_weight(layer, torch.float32) + recovery.weight()).to(dtype)
+    return _own_weight(layer, dtype)
+
+
+def _own_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
     if isinstance(layer, PackedLinear | PackedEmbedding | Nf4Linear | ExpertLinear):
         return layer.dense_weight(dtype)
     return layer.get_parameter("weight").detach().to(dtype)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from calora.errors import CaloraError
 from calora.recovery.bypass import ACTIVATIONS
@@ -26,17 +27,51 @@ def best_linear_correction(error: Tensor, moment: Tensor, rank: int) -> tuple[Te
 
     P and Q share the size of the correction equally (equal Frobenius norms), so that both learn at one rate.
     """
-    error, moment = error.double(), moment.double()  # may be the caller's own: they are read only
+    error = error.double()
     if error.shape[0] <= error.shape[1]:
-        basis = torch.linalg.eigh(error @ moment @ error.T).eigenvectors[:, -rank:]  # [out, k]
-    else:  # the smaller Gram matrix: with C = S S^T, left vectors of E S from right ones
-        values, vectors = torch.linalg.eigh(moment)  # not Cholesky: few calibration tokens make C singular
-        weighted = error @ (vectors * values.clamp_min(0).sqrt())
+        basis = torch.linalg.eigh(error @ moment.double() @ error.T).eigenvectors[:, -rank:]  # [out, k]
+    else:
+        weighted = _weighted(error, moment)
         right = torch.linalg.eigh(weighted.T @ weighted).eigenvectors[:, -rank:]
         basis = torch.linalg.qr(weighted @ right).Q  # [out, k]
     p, q = error.T @ basis, basis.T
     balance = (q.norm() / p.norm().clamp_min(1e-30)).sqrt()
     return (p * balance).float(), (q / balance).float()
+
+
+def _weighted(error: Tensor, moment: Tensor) -> Tensor:
+    """E S [out, in] with C = S S^T: its smaller Gram matrix is [in, in], where E C E^T is [out, out]."""
+    weighted: Tensor = error.double() @ _root(moment)
+    return weighted
+
+
+_roots = WeakTensorKeyDictionary()  # moment -> its root, for as long as the moment lives
+
+
+def _root(moment: Tensor) -> Tensor:
+    """S [in, in], fp64, with C = S S^T; made once for each tensor."""
+    if moment not in _roots:
+        values, vectors = torch.linalg.eigh(moment.double())  # not Cholesky: few calibration tokens make C singular
+        _roots[moment] = vectors * values.clamp_min(0).sqrt()
+    root: Tensor = _roots[moment]
+    return root
+
+
+def spectrum(error: Tensor, moment: Tensor) -> Tensor:
+    """What each direction of the best map takes off ||E X^T||_F^2, fp64 [min(out, in)], falling.
+
+    Args:
+        error: E [out, in].
+        moment: C = X^T X [in, in].
+    """
+    error = error.double()
+    if error.shape[0] <= error.shape[1]:
+        gram = error @ moment.double() @ error.T
+    else:
+        weighted = _weighted(error, moment)
+        gram = weighted.T @ weighted
+    values: Tensor = torch.linalg.eigvalsh(gram).flip(0)
+    return values
 
 
 def linear_as_bypass(p: Tensor, q: Tensor, activation: str, rank: int) -> tuple[Tensor, Tensor]:
