@@ -18,7 +18,7 @@ from stages.config import load_params
 
 PAGE, DATA = Path("docs/results.md"), Path("docs/recipes.json")
 PICTURES = {Path("docs/recipes.png"): plots.recipes_against_bytes, Path("docs/front.png"): plots.front}
-ORDER = ("q8", "q4", "nf4", "up", "sp", "m", "q8_up", "q4_up", "q8_up_m")
+ORDER = ("q8", "q4", "q3", "q4_2", "q2", "nf4", "up", "sp", "m", "q8_up", "q4_up", "q8_up_m")
 MARKS = "<!-- {} of benchmarks.recipes -->"
 
 
