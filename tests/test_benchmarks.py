@@ -1,28 +1,20 @@
 """Benchmarks are run by hand and seldom: what can be checked without their models is checked here."""
 
-import inspect
 import json
 
 import pytest
 import torch
 
-from benchmarks import memory, references, walks
-from calora.distillation.targets import Targets
+from benchmarks import references, walks
 from calora.models.loading import load_model
 from tests.conftest import make_model
 from tests.test_compression import EXPERTS, INT8, PRUNE
 
 
-@pytest.mark.parametrize("name", ["read", "with_answers"])
-def test_the_longest_texts_are_read_as_all_are(name):
-    mine, theirs = (list(inspect.signature(getattr(kind, name)).parameters) for kind in (memory.Chosen, Targets))
-    assert mine == theirs
-
-
 def test_no_calibration_text_is_held_back(tmp_path, monkeypatch, llama):
-    """The first texts that are not calibration texts."""
+    """The first texts that are in no calibration text: neither raw nor in a prompt."""
     files = {
-        "c": ["a film", "the plot"],
+        "c": ["a film", "Review: the plot Sentiment:"],
         "m": ["a film", "was good", "the plot", "was bad", "is a film"],
         "n": ["is great"],
     }
