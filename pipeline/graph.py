@@ -46,9 +46,10 @@ def stages(folder: Path) -> dict[str, list[str]]:
 
 def standing(folder: Path) -> tuple[dict[str, list[str]], set[str]]:
     """`stages`, and those whose outputs are there and whose inputs are as they were, down to the first that has something to do."""
-    from dvc.repo import Repo
+    from dvc.repo import Repo, lock_repo
 
-    with chdir(folder), Repo(str(folder)) as repo:  # its status names stages as seen from here
+    # Its status names stages as seen from here, and reads all of them anew unless the lock is held.
+    with chdir(folder), Repo(str(folder)) as repo, lock_repo(repo):
         graph = _graph(repo)
         return graph, _same(graph, repo.status())
 

@@ -52,8 +52,10 @@ def repro(folder: Path) -> int:
     """The stages that have something to do, how long each took, and then the table of methods; the exit code is DVC's."""
     if without_git(folder):
         print(NO_GIT)
-    if code := subprocess.run(CHECK_PARAMS, cwd=folder).returncode:
-        return code
+    with subprocess.Popen(CHECK_PARAMS, cwd=folder) as check:
+        import dvc.repo  # noqa: F401  # it takes a second, and so does the check
+    if check.returncode:
+        return check.returncode
     times = Times()
     code = one_by_one(folder, times) if workers() == 1 else side_by_side(folder, times)
     times.show()
@@ -84,6 +86,9 @@ def one_by_one(folder: Path, times: Times) -> int:
 def side_by_side(folder: Path, times: Times) -> int:
     """The same, with as many stages at a time as CALORA_WORKERS says; after one that fails no other begins."""
     processes, (graph, known) = Processes(), standing(folder)
+    if len(known) == len(graph):
+        print("Data and pipelines are up to date.")
+        return 0
     failed: list[StageFailed] = []
 
     def work(stage: str) -> None:
@@ -104,8 +109,6 @@ def side_by_side(folder: Path, times: Times) -> int:
             raise
     for future in begun.values():
         future.result()
-    if len(known) == len(graph):
-        print("Data and pipelines are up to date.")
     return failed[0].code if failed else 0
 
 
