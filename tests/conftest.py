@@ -173,5 +173,5 @@ def prefect_api():
     """A server of Prefect's with an empty database."""
     from prefect.testing.utilities import prefect_test_harness
 
-    with prefect_test_harness():
+    with prefect_test_harness(server_startup_timeout=120):  # a busy machine takes its time
         yield
