@@ -120,6 +120,15 @@ class Group:
     weight: Tensor
     size: float
 
+    @property
+    def rows(self) -> list[int]:
+        """The outputs of each layer."""
+        return [layer.out_features for layer in self.layers.values()]
+
+    def error(self, compressed: Mapping[str, nn.Linear]) -> Tensor:
+        """E = W - W_c [out of all, in]."""
+        return self.weight - below_one_another(compressed[name] for name in self.layers)
+
     def start(self, rank: int, options: Options, dtype: torch.dtype) -> Factors | None:
         """L before the first round; None for 0."""
         return self.map(self.weight, rank, options, dtype) if options.fit == "preserve" else None
@@ -127,8 +136,7 @@ class Group:
     def without(self, factors: Factors | None) -> dict[str, nn.Linear]:
         """W - L, as dense layers."""
         left = {}
-        for name, layer in self.layers.items():
-            weight = dense_weight(layer, torch.float32)
+        for (name, layer), weight in zip(self.layers.items(), self.weight.split(self.rows), strict=True):
             left[name] = dense_layer(weight if factors is None else weight - factors.weight(name), layer.bias)
         return left
 
@@ -137,15 +145,14 @@ class Group:
         if rank == 0:
             return None
         p, q = best_linear_correction(error, self.moment, rank)  # [in, k], [k, out of all]
-        sizes = [layer.out_features for layer in self.layers.values()]
-        return Factors.of(p, dict(zip(self.layers, q.split(sizes, dim=1), strict=True)), options.format, dtype)
+        return Factors.of(p, dict(zip(self.layers, q.split(self.rows, dim=1), strict=True)), options.format, dtype)
 
     def fitted(
         self, compressed: Mapping[str, nn.Linear], notes: Notes, rank: int, options: Options, dtype: torch.dtype
     ) -> Fitted:
         """L for layers that were compressed."""
         layers = {name: compressed[name] for name in self.layers}
-        error = self.weight - torch.cat([dense_weight(layer, torch.float32) for layer in layers.values()])
+        error = self.error(layers)
         factors = self.map(error, rank, options, dtype)
         left = error if factors is None else error - torch.cat([factors.weight(name) for name in layers])
         own = {name: notes.get(name, {}) for name in layers}
@@ -153,16 +160,19 @@ class Group:
 
     def without_recovery(self, layers: Mapping[str, nn.Linear]) -> float:
         """||(W - W_c) X|| / ||W X||."""
-        error = self.weight - torch.cat([dense_weight(layer, torch.float32) for layer in layers.values()])
-        return weighted_size(error, self.moment) / self.size
+        return weighted_size(self.error(layers), self.moment) / self.size
 
     def spectrum(self, compressed: Mapping[str, nn.Linear], options: Options, dtype: torch.dtype) -> Spectrum:
         """Of the error that a compression leaves."""
-        error = self.weight - torch.cat([dense_weight(compressed[name], torch.float32) for name in self.layers])
-        narrowest = min(self.moment.shape[0], *(layer.out_features for layer in self.layers.values()))
-        gains = spectrum(error, self.moment)[:narrowest] / self.size**2
+        narrowest = min(len(self.moment), *self.rows)
+        gains = spectrum(self.error(compressed), self.moment)[:narrowest] / self.size**2
         width = len(self.moment) + len(self.weight)
         return Spectrum(gains.clamp_min(0).tolist(), width * (1 if options.format == "int8" else dtype.itemsize))
+
+
+def below_one_another(layers: Iterable[nn.Linear]) -> Tensor:
+    """The weights of layers that read one input, fp32 [out of all, in]."""
+    return torch.cat([dense_weight(layer, torch.float32) for layer in layers])
 
 
 def weighted_size(weight: Tensor, moment: Tensor) -> float:
@@ -230,7 +240,7 @@ def _groups(block: Block) -> list[Group]:
     groups = []
     for layers in block.groups():
         moment = block.moments()[next(iter(layers))]
-        weight = torch.cat([dense_weight(layer, torch.float32) for layer in layers.values()])
+        weight = below_one_another(layers.values())
         groups.append(Group(layers, moment, weight, weighted_size(weight, moment)))
     return groups
 
