@@ -28,7 +28,8 @@ from stages.config import load_params
 from stages.looks import LOOKS, key_of
 from stages.resolve import resolve
 from tests.conftest import ROOT, TASK, change, make_model, make_project, toy_rows
-from tests.test_stages import FIRST, LAST, OF_METHODS, calibration_texts
+from tests.test_paper import sweep_into
+from tests.test_stages import run_all
 
 WEIGHTS = Weights(1.0, {"decoder": 0.1}, 1.0, 1.0, 1.0, 2)
 SCHEDULE = Schedule(steps=4, lr=1e-2, warmup=1, clip=1.0, eval_every=0, checkpoint_seconds=1e9)
@@ -161,13 +162,7 @@ def project(tmp_path_factory):
     change(folder, "methods", params["methods"] | few)
     change(folder, "methods.calora.start.bypass.format", "int8")
     change(folder, "compare", ["calora_free", "calora_unlabelled", *few])
-    os.chdir(folder)
-    calibration_texts(folder)
-    loaded = load_params()
-    of_methods = ((stage, "toy", "q8_up", method) for method in loaded.compare for stage in OF_METHODS)
-    for name, *arguments in (*FIRST, *of_methods, *LAST):
-        if name != "calibration":
-            importlib.import_module(f"stages.{name}").main(loaded, *arguments)
+    run_all(folder)
     yield folder
     os.chdir(before)
 
@@ -255,10 +250,6 @@ def experiments(monkeypatch):
     """Experiments that `sweep` claims to have run: name -> what of params.yaml they changed."""
     made = {}
 
-    def sweep(root, title, cells, label):
-        made.update({f"{title}-{label(cell)}": cell for cell in cells})
-        return list(made)
-
     def files_of(root, name):
         cell = made[name]
         count = cell["methods.calora.loss.labels"]
@@ -268,7 +259,7 @@ def experiments(monkeypatch):
         curves = {key_of(method): curve for method in cell["compare"] if method != "calora_free"}
         return lambda path: json.dumps(answers if "predictions" in path else curves)
 
-    monkeypatch.setattr(sweep_over, "sweep", sweep)
+    monkeypatch.setattr(sweep_over, "sweep", sweep_into(made))
     monkeypatch.setattr(sweep_over, "files_of", files_of)
     return made
 

@@ -1,6 +1,5 @@
 """Methods are entries of params.yaml: what one takes from another, and what a new one needs (no code)."""
 
-import importlib
 import json
 import os
 
@@ -17,7 +16,7 @@ from stages.config import load_params
 from stages.looks import LOOKS, key_of, look_of
 from stages.resolve import merged, resolve
 from tests.conftest import ROOT, change, make_project
-from tests.test_stages import FIRST, LAST, OF_METHODS, calibration_texts
+from tests.test_stages import run_all
 
 NEW = {  # each an entry, and nothing else
     "lora_vo": {"like": "clm", "start": {"lora": {"targets": ["v_proj", "o_proj"], "rank": 8, "lora_alpha": 8}}, "loss": "labels"},
@@ -34,13 +33,7 @@ def project(tmp_path_factory):
     params = yaml.safe_load((folder / "params.yaml").read_text())
     change(folder, "methods", params["methods"] | NEW)
     change(folder, "compare", ["clm_lora", *NEW, "calora"])
-    os.chdir(folder)
-    calibration_texts(folder)
-    loaded = load_params()
-    of_methods = ((stage, "toy", "q8_up", method) for method in loaded.compare for stage in OF_METHODS)
-    for name, *arguments in (*FIRST, *of_methods, *LAST):
-        if name != "calibration":
-            importlib.import_module(f"stages.{name}").main(loaded, *arguments)
+    run_all(folder)
     yield folder
     os.chdir(before)
 

@@ -20,21 +20,27 @@ def correct(share):
     return [item < round(200 * share) for item in range(200)]
 
 
-@pytest.fixture
-def experiments(monkeypatch):
-    """Experiments that `sweep` claims to have run: name -> what of params.yaml they changed."""
-    made = {}
+def sweep_into(made):
+    """A `sweep` that keeps its cells in `made`, by the names of their experiments, and runs nothing."""
 
     def sweep(root, title, cells, label):
         made.update({f"{title}-{label(cell)}": cell for cell in cells})
         return list(made)
+
+    return sweep
+
+
+@pytest.fixture
+def experiments(monkeypatch):
+    """Experiments that `sweep` claims to have run: name -> what of params.yaml they changed."""
+    made = {}
 
     def files_of(root, name):
         answers = {key_of(method): {"correct": correct(RIGHT.get(on, 0.7))} for on, method in paper.CELLS.items()}
         curve = [{"step": step, "score": 0.6 + step / 1000} for step in (0, 10, 20)]
         return lambda path: json.dumps(answers if "predictions" in path else {"clm_calora": curve, "clm_lora": curve})
 
-    monkeypatch.setattr(paper, "sweep", sweep)
+    monkeypatch.setattr(paper, "sweep", sweep_into(made))
     monkeypatch.setattr(paper, "files_of", files_of)
     return made
 
