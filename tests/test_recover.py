@@ -183,43 +183,22 @@ def test_a_budget_goes_where_it_mends_most_a_byte():
 
 @pytest.mark.parametrize("format", ["native", "int8"])
 def test_a_budget_is_kept_and_loses_less_than_one_rank_for_all(base, texts, format):
-    whole = {"recover": {"rank": 6, "fit": "after", "format": format}}
-    _, even = made(base, [PRUNE, INT8, whole], texts)
-    factors = sum(
-        t.nbytes
-        for name, t in {k: v for k, v in made(base, [PRUNE, INT8, whole], texts)[0].state_dict().items()}.items()
-        if name.endswith(("base_recovery.up",))
-        or name.endswith(
-            (
-                "q_proj.base_recovery.down",
-                "o_proj.base_recovery.down",
-                "gate_proj.base_recovery.down",
-                "down_proj.base_recovery.down",
-            )
-        )
-    )
-    model, spread = made(
-        base, [PRUNE, INT8, {"recover": {"budget": factors / 1e6, "fit": "after", "format": format}}], texts
-    )
-    ranks = {
-        name: entry["steps"]["recover"]["rank"] for name, entry in spread.layers.items() if "recover" in entry["steps"]
-    }
-    assert len(set(ranks.values())) > 1
-    used = {
-        t.data_ptr(): t.nbytes
-        for name, t in model.state_dict().items()
-        if name.endswith(("recovery.up", "recovery.down"))
-    }
-    assert 0.9 * factors < sum(used.values()) <= factors
+    def tried(**size):
+        """The bytes of all factors, and what each layer's entry says."""
+        model, report = made(base, [PRUNE, INT8, {"recover": {"fit": "after", "format": format, **size}}], texts)
+        factors = [t for name, t in model.state_dict().items() if name.endswith(("recovery.up", "recovery.down"))]
+        told = {name: entry["steps"].get("recover") for name, entry in report.layers.items()}
+        used = {t.data_ptr(): t.nbytes for t in factors}  # layers of one input share D
+        return sum(used.values()), {name: notes for name, notes in told.items() if notes}
 
-    def lost(report):
-        notes = {
-            name: entry["steps"]["recover"] for name, entry in report.layers.items() if "recover" in entry["steps"]
-        }
-        return sum(
-            note["rounds"][0] ** 2 for name, note in notes.items() if not name.endswith(("k_proj", "v_proj", "up_proj"))
-        )
+    def lost(told):
+        leaders = [notes for name, notes in told.items() if not name.endswith(("k_proj", "v_proj", "up_proj"))]
+        return sum(notes["rounds"][0] ** 2 for notes in leaders)
 
+    budget, even = tried(rank=6)
+    used, spread = tried(budget=budget / 1e6)
+    assert len({notes["rank"] for notes in spread.values()}) > 1
+    assert 0.9 * budget < used <= budget
     assert lost(spread) < lost(even)
 
 
