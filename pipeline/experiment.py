@@ -76,6 +76,8 @@ def begun_at(root: Path, name: str) -> str:
 def _found(text: Callable[[str], str], place: str) -> Found:
     parts = ("metrics", "curves", "predictions")
     metrics, curves, answers = (json.loads(text(f"models/evaluated/{place}/{part}.json")) for part in parts)
+    if any("adapter_bytes" not in method for method in metrics["methods"].values()):
+        raise ValueError("results of an earlier version")
     method = yaml.safe_load(text("params.yaml"))["evaluate"]["ours"]
     errors = json.loads(text(f"models/inherited/{place}/{method}/inherit.json")).get("errors", {})
     return Found(metrics, curves, errors, {method: said["correct"] for method, said in answers.items()})

@@ -20,6 +20,7 @@ from pipeline.experiment import Experiment, Found
 from pipeline.seeds import over_seeds
 from stages import plots
 from stages.looks import BLACK
+from stages.means import over_tasks
 from stages.tables import Table, of_methods, of_runs
 
 INK = "#010203"  # stands for the colour of the page's text, which a viewer's light or dark setting decides
@@ -57,6 +58,10 @@ def page(experiments: Mapping[str, Experiment]) -> str:
     if means := over_seeds(experiments):
         tables.append(means)
     tasks = []
+    if len(same := {tuple(one.found) for one in experiments.values()}) == 1 and len(names := next(iter(same))) > 1:
+        means_of_runs = {name: means_of(one.found) for name, one in experiments.items()}
+        rows, alone = rows_of(means_of_runs), len(means_of_runs) == 1
+        tasks.append(of_task(f"mean of {len(names)} tasks", rows, alone=alone, detailed=False))
     for task in dict.fromkeys(task for one in experiments.values() for task in one.found):
         chosen = {name: one.found[task] for name, one in experiments.items() if task in one.found}
         tasks.append(of_task(task, rows_of(chosen), alone=len(chosen) == 1, detailed=runs <= DETAILED))
@@ -73,6 +78,14 @@ def rows_of(experiments: Mapping[str, Mapping[str, Found]]) -> dict[str, Found]:
         recipe if len(experiments) == 1 else f"{name}: {recipe}": found
         for name, recipes in experiments.items()
         for recipe, found in recipes.items()
+    }
+
+
+def means_of(found: Mapping[str, Mapping[str, Found]]) -> dict[str, Found]:
+    """Recipe -> the mean over the tasks of one experiment."""
+    recipes = next(iter(found.values()))
+    return {
+        recipe: Found(over_tasks([of_task[recipe].metrics for of_task in found.values()]), {}) for recipe in recipes
     }
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
-from calora.evaluation.statistics import OverSeeds, difference_over_seeds, mean_over_seeds
+from calora.evaluation.statistics import Estimate, OverSeeds, difference_over_seeds, mean_over_seeds, mean_over_tasks
 from pipeline.experiment import Experiment, Found
 from stages.tables import Table, interval, short
 
@@ -20,9 +21,15 @@ def over_seeds(experiments: Mapping[str, Experiment]) -> Table | None:
         set(range(len(keys) + 3)) | {len(keys) + 5, len(keys) + 6},
     )  # fmt: skip
     table.notes = [NOTE]
-    for row, seeds in groups(experiments, keys):
-        if len(seeds) > 1:
-            table.rows.append([*row, ", ".join(map(str, seeds)), *compared(list(seeds.values()))])
+    together: dict[tuple[str, ...], list[Compared]] = {}
+    for (task, *row), seeds in groups(experiments, keys):
+        if len(seeds) > 1 and (found := compared(list(seeds.values()))):
+            same = (*row, ", ".join(map(str, seeds)))
+            together.setdefault(same, []).append(found)
+            table.rows.append([task, *same, *found.cells()])
+    for same, tasks in together.items():
+        if len(tasks) > 1:
+            table.rows.append([f"mean of {len(tasks)} tasks", *same, *mean_of(tasks).cells()])
     return table if table.rows else None
 
 
@@ -40,18 +47,39 @@ def groups(
     return ((row, seeds) for (_, row), seeds in found.items())
 
 
-def compared(seeds: list[Found]) -> list[str]:
-    """Cells: the baseline's mean, ours with its interval, and the difference with its own."""
-    ours, baseline = (seeds[0].metrics[key] for key in ("ours", "baseline"))
-    hits = {key: [found.correct[key] for found in seeds] for key in (ours, baseline) if key in seeds[0].correct}
-    if len(hits) < 2:
-        return ["", "", "", ""]
-    own, gain = mean_over_seeds(hits[ours]), difference_over_seeds(hits[ours], hits[baseline])
-    fresh = mean_over_seeds(hits[baseline])
-    return [
-        f"{fresh.value:.3f} ({short(baseline)})", f"{own.value:.3f} ({short(ours)})", interval(own.ci),
-        f"{gain.value:+.3f} {interval(gain.ci, '+')}",
-    ]  # fmt: skip
+@dataclass(frozen=True)
+class Compared:
+    """Our method and the baseline, by name, and what ours is above it."""
+
+    names: tuple[str, str]
+    ours: Estimate
+    baseline: Estimate
+    gain: Estimate
+
+    def cells(self) -> list[str]:
+        """The baseline's mean, ours with its interval, and the difference with its own."""
+        own, fresh = map(short, self.names)
+        return [
+            f"{self.baseline.value:.3f} ({fresh})", f"{self.ours.value:.3f} ({own})", interval(self.ours.ci),
+            f"{self.gain.value:+.3f} {interval(self.gain.ci, '+')}",
+        ]  # fmt: skip
+
+
+def compared(seeds: list[Found]) -> Compared | None:
+    """The two over seeds; None where a run has not both."""
+    names = (seeds[0].metrics["ours"], seeds[0].metrics["baseline"])
+    if any(name not in found.correct for found in seeds for name in names):
+        return None
+    own, fresh = ([found.correct[name] for found in seeds] for name in names)
+    return Compared(names, mean_over_seeds(own), mean_over_seeds(fresh), difference_over_seeds(own, fresh))
+
+
+def mean_of(tasks: list[Compared]) -> Compared:
+    """The two over tasks."""
+    ours, baseline, gain = (
+        mean_over_tasks([getattr(one, part) for one in tasks]) for part in ("ours", "baseline", "gain")
+    )
+    return Compared(tasks[0].names, ours, baseline, gain)
 
 
 def spelled(scored: OverSeeds) -> list[str]:

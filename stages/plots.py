@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 from stages.looks import LOOKS, look_of
 
 BYTES = "MB on disk (base and adapter)"
+MANY = 16  # tasks on one base, of the second panel of the front
 
 
 def blank(width: float, height: float) -> tuple[Figure, Axes]:
@@ -34,6 +36,13 @@ def below_and_above(*found: Mapping[str, Any]) -> list[list[float]]:
     return [[m["accuracy"] - m["ci"][0] for m in found], [m["ci"][1] - m["accuracy"] for m in found]]
 
 
+def downloaded(axes: Axes, methods: Mapping[str, Any]) -> None:
+    """A line at the bytes of the file that the uncompressed model was made from, where it held it in fewer."""
+    size = methods["llm"].get("downloaded_bytes", math.inf)
+    if size < 0.9 * methods["llm"]["bytes_on_disk"]:
+        axes.axvline(size / 1e6, color="#999999", lw=1, ls=":", label="the downloaded file")
+
+
 def curve(axes: Axes, method: str, scores: list[dict[str, float]], **look: Any) -> None:
     """The validation accuracy of one method against step."""
     own = look_of(method)
@@ -41,10 +50,11 @@ def curve(axes: Axes, method: str, scores: list[dict[str, float]], **look: Any) 
     axes.plot(steps, values, marker=own.marker, label=own.label, color=own.colour, **look)
 
 
-def recipes_against_bytes(found: dict[str, Any], task: str) -> Figure:
+def recipes_against_bytes(found: Mapping[str, Any], task: str) -> Figure:
     """Each recipe an arrow: from the inherited LoRA to CA-LoRA, megabytes on disk against accuracy."""
     figure, axes = blank(7.5, 4.6)
     methods = next(iter(found.values()))["methods"]
+    downloaded(axes, methods)
     whole, own = methods["llm_lora"], look_of("llm_lora")
     axes.axhline(whole["accuracy"], color=own.colour, lw=1, ls="--")
     axes.plot(whole["bytes_on_disk"] / 1e6, whole["accuracy"], own.marker, ms=9, color=own.colour, label=own.label)
@@ -65,23 +75,39 @@ def recipes_against_bytes(found: dict[str, Any], task: str) -> Figure:
     return figure
 
 
-def front(found: dict[str, Any], task: str) -> Figure:
-    """Every method of every recipe a point, and the Pareto front: what no other is both smaller and better than."""
-    figure, axes = blank(7.5, 4.6)
-    points = []
-    for metrics in found.values():
-        for method, m in metrics["methods"].items():
-            own = look_of(method)
-            points.append((m["bytes_on_disk"] / 1e6, m["accuracy"]))
-            axes.plot(*points[-1], own.marker, ms=7, color=own.colour, label=own.label)
+def front(found: Mapping[str, Any], task: str) -> Figure:
+    """Every method of every recipe a point, with an adapter for one task and for 16, and what no other is both smaller and better than."""
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, tasks in zip(panels, (1, MANY), strict=True):
+        points = []
+        for metrics in found.values():
+            for method, m in metrics["methods"].items():
+                own = look_of(method)
+                points.append((bytes_of(m, tasks) / 1e6, m["accuracy"]))
+                axes.plot(*points[-1], own.marker, ms=7, color=own.colour, label=own.label)
+        axes.plot(*zip(*pareto(points), strict=True), drawstyle="steps-post", color="#999999", lw=1, zorder=0)
+        downloaded(axes, next(iter(found.values()))["methods"])
+        axes.set(xlabel=BYTES if tasks == 1 else f"MB on disk (base and {tasks} adapters)", title=task)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("test accuracy")
+    legend_once(figure, panels[0])
+    return figure
+
+
+def bytes_of(method: Mapping[str, Any], tasks: int) -> int:
+    """A base with an adapter for each of so many tasks."""
+    size: int = method["bytes_on_disk"] + (tasks - 1) * method["adapter_bytes"]
+    return size
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of (bytes, accuracy), those that no other is both smaller and better than, by bytes."""
     best: list[tuple[float, float]] = []
     for size, accuracy in sorted(points, key=lambda point: (point[0], -point[1])):
         if not best or accuracy > best[-1][1]:
             best.append((size, accuracy))
-    axes.plot(*zip(*best, strict=True), drawstyle="steps-post", color="#999999", lw=1, zorder=0)
-    axes.set(xlabel=BYTES, ylabel="test accuracy", title=f"{task}: all methods")
-    legend_once(figure, axes)
-    return figure
+    return best
 
 
 def layer_errors(errors: dict[str, list[float]], title: str) -> Figure:
@@ -107,6 +133,7 @@ def layer_errors(errors: dict[str, list[float]], title: str) -> Figure:
 def accuracy_against_bytes(metrics: dict[str, Any], title: str) -> Figure:
     """Every method a point: megabytes on disk against accuracy, with its interval."""
     figure, axes = blank(7, 4.2)
+    downloaded(axes, metrics["methods"])
     for method, m in metrics["methods"].items():
         own, place = look_of(method), (m["bytes_on_disk"] / 1e6, m["accuracy"])
         axes.errorbar(*place, below_and_above(m), fmt=own.marker, ms=9, capsize=3, label=own.label, color=own.colour)

@@ -8,12 +8,14 @@ from calora.common.files import read_json, whole_directory, write_json, write_te
 from stages import plots, tables
 from stages.common import evaluated, results, run
 from stages.config import Params
+from stages.means import over_tasks
 
 
 def main(params: Params) -> None:
     """One summary over every task and recipe of this run."""
     summary: dict[str, Any] = {}
     shown = []
+    every: dict[str, dict[str, Any]] = {}
     with whole_directory(results("plots")) as folder:
         for task in params.tasks:
             found: dict[str, Any] = {}
@@ -30,6 +32,14 @@ def main(params: Params) -> None:
             if len(found) > 1:
                 shown.append(tables.of_runs(f"{task}, all recipes", "recipe", found))
                 plots.recipes_against_bytes(found, task).savefig(folder / f"{task}-recipes.png", dpi=130)
+            every[task] = found
+        if len(every) > 1:
+            title = f"mean of {len(every)} tasks"
+            means = {recipe: over_tasks([found[recipe] for found in every.values()]) for recipe in params.recipes}
+            shown += [tables.of_methods(f"{title}, {recipe}", metrics) for recipe, metrics in means.items()]
+            if len(means) > 1:
+                shown.append(tables.of_runs(f"{title}, all recipes", "recipe", means))
+            plots.front(means, title).savefig(folder / "front.png", dpi=130)
     write_text(results("table.md"), "\n\n".join(table.markdown() for table in shown) + "\n")
     write_json(results("summary.json"), summary)
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 
 from calora.adapters.folder import read_adapter
-from calora.common.files import bytes_on_disk, read_json, write_json
+from calora.common.files import read_json, write_json
 from calora.compressed import load
 from calora.models.loading import training_attention
-from calora.models.tasks import Task
 from stages.common import adapter, compressed, results, run
 from stages.config import Params
 from stages.scored import Scored
@@ -25,20 +24,20 @@ def main(params: Params, name: str, recipe: str, method: str) -> None:
     task, path = read_task(name), adapter(method, name, recipe)
     history = read_json(path / "history.json", f"run `dvc repro distill@{name}-{recipe}-{method}`")
     made = read_adapter(path)
-    size = bytes_on_disk(compressed(recipe)) + (bytes_on_disk(path) if made.lora or made.recovery else 0)
-    scored = score_on(params, task, recipe, method, dense=True)
+    shipped = path if made.lora or made.recovery else None
     trained = made.parameters if history["losses"] else 0
-    scored = replace(scored, bytes_on_disk=size, trainable_parameters=trained, curve=history["scores"])
+
+    def scored_on(dense: bool) -> Scored:
+        """On the dense view of the compressed weights, which is fast, or on the packed ones, which are shipped."""
+        model = load(compressed(recipe), dense=dense, attention=training_attention())
+        model.load_adapter(path, method)
+        title = method if dense else f"{method}, packed"
+        return score_test(model, task, model.calora_tokenizer, params, title, compressed(recipe), shipped, trained)
+
+    scored = replace(scored_on(dense=True), curve=history["scores"])
     if method in params.evaluate.packed:
-        scored = replace(scored, packed=score_on(params, task, recipe, method, dense=False).accuracy)
+        scored = replace(scored, packed=scored_on(dense=False).accuracy)
     write_json(results(name, recipe, "scores", f"{method}.json"), {method: asdict(scored)})
-
-
-def score_on(params: Params, task: Task, recipe: str, method: str, dense: bool) -> Scored:
-    """The method on the dense view of the compressed weights, which is fast, or on the packed ones, which are shipped."""
-    model = load(compressed(recipe), dense=dense, attention=training_attention())
-    model.load_adapter(adapter(method, task.name, recipe), method)
-    return score_test(model, task, model.calora_tokenizer, params, method if dense else f"{method}, packed")
 
 
 if __name__ == "__main__":

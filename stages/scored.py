@@ -17,10 +17,12 @@ class Scored:
         accuracy: share of right answers; of a generated task, of exact matches.
         f1: macro over labels; of shared words for a generated answer.
         bytes_on_disk: of the model and its adapter.
+        adapter_bytes: of the adapter alone: what each further task adds on the same model.
         trainable_parameters: of the adapter.
         correct: whether each item is right, in the order of the split.
         answers: the answer to each item.
         em: exact match, of a generated task.
+        downloaded_bytes: of the file that the uncompressed model was made from, which may hold it in fewer bits.
         packed: the accuracy of the packed weights, as they are shipped, where the others are of their dense view.
         curve: validation scores by step.
     """
@@ -28,10 +30,12 @@ class Scored:
     accuracy: float
     f1: float
     bytes_on_disk: int
+    adapter_bytes: int
     trainable_parameters: int
     correct: list[int]
     answers: list[str]
     em: float | None = None
+    downloaded_bytes: int | None = None
     packed: float | None = None
     curve: list[dict[str, float]] = field(default_factory=list)
 

@@ -76,6 +76,7 @@ def notes_of(metrics: Mapping[str, Any]) -> Iterator[str]:
     ours, baseline = (look_of(metrics[key]).label.removeprefix("CLM + ") for key in ("ours", "baseline"))
     if "difference" in metrics:
         yield f"{ours} - {baseline}: {gain_of(metrics)}."
+    if "recovered_share" in metrics:
         noise = metrics["recovered_share"]["below_noise"]
         yield (
             "Recovered share: below noise (the interval of the gap touches 0)."

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -17,6 +18,7 @@ from pipeline.repository import git
 from pipeline.seeds import over_seeds
 from pipeline.show import REPORTS, SERVED, difference, show_results
 from stages.looks import LOOKS as METHODS
+from stages.means import over_tasks
 
 PARAMS = {"tasks": ["movies"], "recipes": ["q8_up"], "evaluate": {"ours": "calora"}}
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -26,11 +28,13 @@ def results(score: float) -> dict[str, dict]:
     """The files of one task and recipe whose CA-LoRA has this accuracy, as `evaluate` and `inherit` write them."""
     methods = {
         name: {"accuracy": score - gap / 100, "ci": [score - gap / 100 - 0.02, score - gap / 100 + 0.02],
-               "bytes_on_disk": 100_000_000 + gap * 1_000_000, "trainable_parameters": 1_000_000}
+               "f1": score - gap / 100, "bytes_on_disk": 100_000_000 + gap * 1_000_000, "adapter_bytes": gap * 1_000_000,
+               "trainable_parameters": 1_000_000}
         for gap, name in enumerate(reversed(METHODS))
     }  # fmt: skip
     share = {"value": 0.9, "ci": [0.7, 1.1], "below_noise": False}
     gain = {"value": 0.05, "ci": [0.03, 0.07]}
+    methods["llm"]["downloaded_bytes"] = 50_000_000
     methods["clm_calora"] |= {"difference": gain, "recovered_share": share, "packed": 0.79}
     metrics = {
         "test_items": 1500, "methods": methods, "ours": "clm_calora", "baseline": "clm_lora", "difference": gain, "recovered_share": share,
@@ -78,6 +82,26 @@ def test_the_page_stands_alone_and_tells_the_experiments_apart(project, capsys):
     assert "low" in told and "<high>" in told and "0.800" in told
 
 
+def test_several_tasks_have_a_mean():
+    one, two = found_of(0.7), found_of(0.8)
+    text = page({"a": Experiment({"movies": {"q8_up": one}, "tweets": {"q8_up": two}})})
+    assert text.index("mean of 2 tasks") < text.index(">movies") and text.count("<figure>") == 3 * 2 + 2 * 3
+    mean = over_tasks([one.metrics, two.metrics])
+    own = mean["methods"]["clm_calora"]
+    assert (
+        own["accuracy"] == pytest.approx(one.metrics["methods"]["clm_calora"]["accuracy"] + 0.05)
+        and mean["test_items"] == 3000
+    )
+    low, high = own["ci"]
+    of_one = one.metrics["methods"]["clm_calora"]["ci"]
+    assert high - low == pytest.approx((of_one[1] - of_one[0]) / 2**0.5)  # two independent samples
+    assert mean["difference"] == {
+        "value": 0.05,
+        "ci": pytest.approx([0.05 - 0.02 / 2**0.5, 0.05 + 0.02 / 2**0.5], abs=1e-4),
+    }
+    assert own["adapter_bytes"] == one.metrics["methods"]["clm_calora"]["adapter_bytes"]
+
+
 def test_a_page_of_many_runs_stays_below_3_mb():
     def run(number):
         found = found_of(0.6 + number / 1000)
@@ -120,6 +144,9 @@ def test_runs_that_differ_by_their_seed_alone_are_taken_together(project, capsys
     assert row[:4] == ["movies", "q8_up", "0.1", "0, 1"] and row[-1].startswith("+0.150 [")
     assert row[4:6] == ["0.700 (+ LoRA (equal budget))", "0.850 (+ CA-LoRA)"]
     assert "Means over seeds" in page(runs)
+    two = {name: replace(one, found={**one.found, "tweets": one.found["movies"]}) for name, one in runs.items()}
+    *_, mean = over_seeds(two).rows
+    assert mean[:4] == ["mean of 2 tasks", "q8_up", "0.1", "0, 1"] and mean[-1].startswith("+0.150 [")
     assert over_seeds({"c": runs["c"], "b": seeded(90, 70, seed=0, alpha=0.2)}) is None
     assert over_seeds({"a": runs["a"], "b": seeded(90, 70, "another", seed=1, alpha=0.1)}) is None  # of other code
     assert over_seeds({"a": runs["a"], "again": seeded(10, 70, seed=0, alpha=0.1)}) is None  # one seed, twice

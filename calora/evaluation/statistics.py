@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -130,6 +131,19 @@ def difference_over_seeds(
     """
     a, b = _same("ours", _array("ours", ours, 2), "theirs", _array("theirs", theirs, 2))
     return _over_seeds(a - b, -1, 1)
+
+
+def mean_over_tasks(estimates: Sequence[Estimate]) -> Estimate:
+    """Mean of estimates of independent samples, each of equal weight: the two half widths add in squares, / their number.
+
+    Raises:
+        CaloraError: there is none.
+    """
+    if not estimates:
+        raise CaloraError("estimates", "one or more", "none", "score at least one task")
+    mean = sum(one.value for one in estimates) / len(estimates)
+    below, above = (math.hypot(*(one.ci[end] - one.value for one in estimates)) / len(estimates) for end in (0, 1))
+    return Estimate(mean, (mean - below, mean + above))
 
 
 def _over_seeds(scores: Vector, lowest: float, highest: float) -> OverSeeds:

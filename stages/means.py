@@ -1,0 +1,47 @@
+"""Several tasks taken together: each counts as much as any other, however many test items it has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from calora.evaluation.statistics import Estimate, mean_over_tasks
+
+ALIKE = ("bytes_on_disk", "adapter_bytes", "trainable_parameters")
+SCORES = ("accuracy", "f1")
+
+
+def over_tasks(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """metrics.json of the mean over tasks, of one recipe: the methods that every task has, with intervals.
+
+    Tasks have their own test items and trainings, so their errors are independent.
+    """
+    first = found[0]
+    methods = [key for key in first["methods"] if all(key in one["methods"] for one in found)]
+    means = {key: mean_of([one["methods"][key] for one in found]) for key in methods}
+    together: dict[str, Any] = {
+        "methods": means, "ours": first["ours"], "baseline": first["baseline"],
+        "test_items": sum(one["test_items"] for one in found), "tasks": len(found),
+    }  # fmt: skip
+    own = means.get(first["ours"], {})
+    return together | ({"difference": own["difference"]} if "difference" in own else {})
+
+
+def mean_of(methods: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One method over tasks; bytes are the mean too, though they rarely differ."""
+    mean: dict[str, Any] = {key: average([m[key] for m in methods]) for key in SCORES}
+    mean |= {key: round(average([m[key] for m in methods])) for key in ALIKE}
+    mean["ci"] = list(mean_over_tasks([Estimate(m["accuracy"], tuple(m["ci"])) for m in methods]).ci)
+    if "downloaded_bytes" in methods[0]:
+        mean["downloaded_bytes"] = methods[0]["downloaded_bytes"]
+    if all("packed" in m for m in methods):
+        mean["packed"] = average([m["packed"] for m in methods])
+    gains = [Estimate(m["difference"]["value"], tuple(m["difference"]["ci"])) for m in methods if "difference" in m]
+    if len(gains) == len(methods):
+        mean["difference"] = mean_over_tasks(gains).to_json()
+    return mean
+
+
+def average(values: Sequence[float]) -> float:
+    """Of plain numbers."""
+    return sum(values) / len(values)
