@@ -1,11 +1,13 @@
 """Benchmarks are run by hand and seldom: what can be checked without their models is checked here."""
 
+import base64
 import json
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import references, walks
+from benchmarks import recipes, references, walks
 from calora.models.loading import load_model
 from tests.conftest import make_model
 from tests.test_compression import EXPERTS, INT8, PRUNE
@@ -38,3 +40,32 @@ def test_both_ways_to_walk_make_a_model_that_computes(tmp_path, monkeypatch, toy
     model = walks.compressed([[step] for step in recipe] if walk_a_step else [recipe], toy[2])
     assert bool(model(torch.tensor([[3, 5, 9]])).logits.isfinite().all())
     assert bool(((model.model.layers[0].mlp.up_proj.weight.view(-1, 4) != 0).sum(-1) <= 2).all())
+
+
+def test_results_of_several_seeds_and_tasks_come_together():
+    def stored(right, size):
+        bits = np.packbits([1] * right + [0] * (100 - right))
+        return {
+            "items": 100,
+            "hits": base64.b64encode(bits.tobytes()).decode(),
+            "bytes_on_disk": size,
+            "adapter_bytes": 5_000_000,
+        }
+
+    runs = {
+        seed: {task: {"": {"llm_lora": stored(90, 276e6)}, "q3": {"clm_calora": stored(right, 85e6), "clm_lora": stored(70, 85e6)}}
+               for task in recipes.TASKS}
+        for seed, right in (("0", 80), ("1", 86))
+    }  # fmt: skip
+    runs["2"] = {"movies": runs["0"]["movies"]}  # a seed that was not run on every task
+    found = recipes.Results({"runs": runs, "sizes": {"q3": {"bytes": 71_000_000, "share": 0.26}}})
+    assert found.mean(("q3", "clm_calora")).value == pytest.approx((3 * 0.83 + 0.82) / 4)
+    gain, seeds = found.difference(("q3", "clm_calora"), ("", "llm_lora"))
+    assert gain.value == pytest.approx(-0.07) and seeds == ["0", "1"] and gain.ci[0] < -0.07 < gain.ci[1]
+    assert found.mean(("q3", "clm_calora_free")) is None and found.difference(("q3", "clm"), ("", "llm")) is None
+    (row,) = recipes.means_table(found).rows
+    assert row[0] == "q3" and row[-1] == "0, 1" and row[-3].startswith("+0.130") and row[2] == ""
+    low, high = recipes.front_table(found).rows
+    assert low == ["80 to 90", "CA-LoRA on q3: 0.828 (85.0 MB)", ""]
+    assert high == ["160 to 170", "", "CA-LoRA on q3: 0.828 (160.0 MB)"]
+    assert len(recipes.tasks_table(found).rows) == 3
