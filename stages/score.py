@@ -25,7 +25,7 @@ def main(params: Params, name: str, recipe: str, method: str) -> None:
     task, path = read_task(name), adapter(method, name, recipe)
     history = read_json(path / "history.json", f"run `dvc repro distill@{name}-{recipe}-{method}`")
     made = read_adapter(path)
-    size = bytes_on_disk(compressed(recipe)) + (bytes_on_disk(path) if made.lora or made.recovery else 0)
+    size = bytes_on_disk(compressed(recipe)) + (bytes_on_disk(path) if made.parameters else 0)
     scored = score_on(params, task, recipe, method, dense=True)
     trained = made.parameters if history["losses"] else 0
     scored = replace(scored, bytes_on_disk=size, trainable_parameters=trained, curve=history["scores"])
