@@ -74,23 +74,22 @@ class Compressed(OneToken, PreTrainedModel):
         self.set_adapter(None if self.calora_active == name else self.calora_active)
 
     def set_adapter(self, name: str | None) -> None:  # type: ignore[override]
-        """Switch to the adapter `name` (its LoRA and its bypass); None uses the compressed model alone."""
+        """Switch to the adapter `name` (its LoRA, bypass and scales); None uses the compressed model alone."""
         if name is not None and name not in self.calora_tasks:
             raise CaloraError("set_adapter", f"one of {sorted(self.calora_tasks)}", name, "load it with load_adapter")
         self.calora_active = name
         set_active(self, name)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Refused where layers are in the form that a CPU computes with: it is not the stored one.
+        """Refused where layers are in the form that a CPU computes with, or use a task's scales: it is not the stored one.
 
         Raises:
             CaloraError: the model was loaded packed.
         """
         if any(prepared(module) for module in self.modules()):
             fix = "copy the folder that it was loaded from, or load it with dense=True"
-            raise CaloraError(
-                "save_pretrained", "layers in their stored form", "the form that a CPU computes with", fix
-            )
+            found = "the form that a CPU computes with, or a task's scales"
+            raise CaloraError("save_pretrained", "layers in their stored form", found, fix)
         super().save_pretrained(*args, **kwargs)
 
     def answer(self, texts: Sequence[str | Mapping[str, Any]], batch_size: int = 16) -> list[str]:

@@ -67,7 +67,7 @@ def check_stored_form(model: PreTrainedModel, report: Report) -> None:
         if isinstance(layer, PackedLinear | PackedEmbedding | Nf4Linear | ExpertLinear | Experts):
             entry = report.layers.get(name, {})
             if prepared(layer) or any(entry.get(key) != value for key, value in store(layer)[0].items()):
-                fix = "save what `compress` returned; copy the folder of a model that was loaded"
+                fix = "save what `compress` returned, without adapters; copy the folder of a model that was loaded"
                 raise CaloraError(f"save, {name}", "the form that its report describes", "another one", fix)
 
 

@@ -307,12 +307,13 @@ class Start(Section):
     lora: Literal["inherited", "fresh", "none"] | Lora
     budget: Start | str | None
     bypass: Bypass | None
+    scales: bool
     calibration_texts: Positive
 
     @model_validator(mode="after")
     def _one_shape(self) -> Start:
-        if self.budget is not None and self.lora != "fresh":
-            raise ValueError("budget goes with `lora: fresh`")
+        if self.budget is not None and (self.lora != "fresh" or self.scales):
+            raise ValueError("budget goes with `lora: fresh` and `scales: false`")
         return self
 
 

@@ -15,7 +15,7 @@ import torch
 from calora.adapters.cards import calora_card
 from calora.adapters.codes import rounded
 from calora.adapters.folder import read_adapter, write_adapter
-from calora.adapters.lora import Adapter, attach_adapter, detach_adapter, set_active
+from calora.adapters.lora import Adapter, attach_adapter, detach_adapter, lora_alone, set_active
 from calora.common.files import read_json, whole_directory, write_text
 from calora.common.parallel import only_first_goes_on, place
 from calora.compressed import Compressed, load
@@ -27,7 +27,6 @@ from calora.distillation.training import History
 from calora.errors import CaloraError
 from calora.models.loading import training_attention
 from calora.models.tasks import Task, encode_all, positions
-from calora.recovery.bypass import activate
 from stages.common import METHODS, adapter, compressed, inherited, results, run, targets
 from stages.config import Params, Start
 from stages.splits import read_split, read_task
@@ -58,12 +57,13 @@ def main(params: Params, name: str, recipe: str, method: str) -> None:
         detach_adapter(model, "default")
         put_on(model, replace(made, recovery=rounded(made.recovery, kind, torch.bfloat16)))
         best = score()
-    activate(model, None)
-    scores = {"validation_accuracy": best, "validation_accuracy_lora_alone": score() if start.recovery else best}
+    lora_alone(model)
+    alone = score() if start.recovery or start.scales else best
+    scores = {"validation_accuracy": best, "validation_accuracy_lora_alone": alone}
     only_first_goes_on()
     made.meta |= {"metrics": scores}
     base = str(compressed(recipe))
-    card = calora_card(task, base, start.meta["origin"], *scores.values())
+    card = calora_card(task, base, start.meta["origin"], best, alone if made.config else None)
     write_curves(results(name, recipe, "curves", method), history)
     write_adapter(out, made, base, card, torch.bfloat16, {"history.json": history.to_json()}, kind)
     if saved:

@@ -1,10 +1,12 @@
-"""Make the adapter that a method starts from: whose LoRA, which bypass.
+"""Make the adapter that a method starts from: whose LoRA, which bypass, scales or none.
 
 Reads models/methods/<method>/start.json, models/base, models/teacher/<task>, models/compressed/<recipe>, data/<task>;
 writes models/inherited/<task>/<recipe>/<method>.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 
@@ -59,7 +61,7 @@ def start_of(start: Start, model: Compressed, name: str, seed: int) -> tuple[Ada
     check_targets(model, lora.targets, lora.rank)
     made = fresh_adapter(model, lora_config(lora.rank, lora.lora_alpha, lora.targets), {}, seed)
     bare, report = carried(start, "none", model, name, seed)
-    return Adapter(made.config, made.lora, bare.recovery, bare.meta), report
+    return replace(bare, config=made.config, lora=made.lora), report
 
 
 def of_shape(start: Start) -> Start:
@@ -70,7 +72,7 @@ def of_shape(start: Start) -> Start:
 
 
 def carried(start: Start, lora: str, model: Compressed, name: str, seed: int) -> tuple[Adapter, Inheritance]:
-    """The teacher's LoRA (or a fresh one of its shape, or none) with the bypass of a start."""
+    """The teacher's LoRA (or a fresh one of its shape, or none) with the bypass and the scales of a start."""
     reference, calibration = None, []
     bypass = None if start.bypass is None else Bypass(**start.bypass.model_dump(exclude={"format"}))
     if (bypass is not None and bypass.start != "zero") or (lora == "inherited" and model.calora_origin.kept):
@@ -78,7 +80,7 @@ def carried(start: Start, lora: str, model: Compressed, name: str, seed: int) ->
         rows = read_split(name, "train")[: start.calibration_texts]
         calibration = encode_all(read_task(name), model.calora_tokenizer, rows, positions(model.config))
     return inherit(
-        model, read_plain_lora(teacher(name)), lora=lora, bypass=bypass, reference=reference,
+        model, read_plain_lora(teacher(name)), lora=lora, bypass=bypass, scales=start.scales, reference=reference,
         calibration=calibration, origin=model.calora_origin, seed=seed,
     )  # fmt: skip
 

@@ -28,6 +28,7 @@ LOOKS = {
     "clm_calora": Look("CLM + CA-LoRA", "#0072B2", "*"),
     "clm_calora_unlabelled": Look("CLM + CA-LoRA, no label", "#56B4E9", "*"),
     "clm_calora_free": Look("CLM + CA-LoRA, no step", "#0072B2", "D"),
+    "clm_calora_scales": Look("CLM + scales (PEQA)", "#CC79A7", "s"),
     "clm_no_recover": Look("CLM + inherited LoRA, distilled", "#D55E00", "X"),
 }
 OTHERS = [(colour, marker) for marker in "<>phd8" for colour in ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")]

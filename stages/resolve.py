@@ -23,6 +23,8 @@ def resolve(methods: Mapping[str, Entry]) -> dict[str, Entry]:
             raise ValueError(f"methods.{name}.start.budget names '{budget}'; known: {', '.join(filled)}")
         if filled[budget]["start"].get("budget") is not None:
             raise ValueError(f"methods.{name}.start.budget names '{budget}', which has a budget itself")
+        if filled[budget]["start"].get("scales"):
+            raise ValueError(f"methods.{name}.start.budget names '{budget}', which has scales: no LoRA counts as many")
     starts = {name: entry.get("start") for name, entry in filled.items()}
     for entry in filled.values():
         if (entry.get("start") or {}).get("budget") is not None:

@@ -24,7 +24,7 @@ def main(params: Params, name: str, recipe: str, method: str) -> None:
     task, path = read_task(name), adapter(method, name, recipe)
     history = read_json(path / "history.json", f"run `dvc repro distill@{name}-{recipe}-{method}`")
     made = read_adapter(path)
-    shipped = path if made.lora or made.recovery else None
+    shipped = path if made.parameters else None
     trained = made.parameters if history["losses"] else 0
 
     def scored_on(dense: bool) -> Scored:

@@ -240,9 +240,9 @@ def test_what_the_entries_mean():
     assert methods["calora_unlabelled"] == {"start": whole["start"], "loss": {**whole["loss"], "labels": 0}}
     assert whole["loss"]["labels"] == methods["no_recover"]["loss"]["labels"] == "all"
     looks = [(look.colour, look.marker) for look in LOOKS.values()]
-    assert {"clm_calora_free", "clm_calora_unlabelled", "clm_no_recover"} <= set(LOOKS) and len(set(looks)) == len(
-        looks
-    )
+    assert {"clm_calora_free", "clm_calora_unlabelled", "clm_calora_scales", "clm_no_recover"} <= set(LOOKS) and len(
+        set(looks)
+    ) == len(looks)
 
 
 @pytest.fixture

@@ -7,7 +7,9 @@ import pytest
 import torch
 import yaml
 
+import calora
 from calora.adapters.folder import read_adapter
+from calora.common.files import bytes_on_disk
 from calora.distillation.loss import Weights, loss_of
 from calora.errors import CaloraError
 from calora.models.families import Batch, Output
@@ -22,6 +24,7 @@ NEW = {  # each an entry, and nothing else
     "lora_vo": {"like": "clm", "start": {"lora": {"targets": ["v_proj", "o_proj"], "rank": 8, "lora_alpha": 8}}, "loss": "labels"},
     "no_labels": {"like": "calora", "loss": {"task": 0.0, "unlabelled_every": 1}},
     "bypass_alone": {"like": "calora", "start": {"lora": "none"}},
+    "scales_beside": {"like": "calora_scales", "start": {"lora": "inherited"}, "loss": "labels"},
     "fresh_of_bypass": {"like": "clm", "start": {"lora": "fresh", "budget": "bypass_alone"}, "loss": "labels"},
 }  # fmt: skip
 
@@ -32,7 +35,7 @@ def project(tmp_path_factory):
     folder = make_project(tmp_path_factory.mktemp("methods"))
     params = yaml.safe_load((folder / "params.yaml").read_text())
     change(folder, "methods", params["methods"] | NEW)
-    change(folder, "compare", ["clm_lora", *NEW, "calora"])
+    change(folder, "compare", ["clm_lora", *NEW, "calora_scales", "calora"])
     run_all(folder)
     yield folder
     os.chdir(before)
@@ -69,6 +72,25 @@ def test_an_adapter_may_be_a_bypass_alone(project):
     made = adapter(project, "bypass_alone")
     assert made.recovery and not made.lora and made.config is None
     assert not (project / "models/bypass_alone/toy/q8_up/adapter_config.json").exists()
+
+
+def test_scales_are_an_entry_alone_and_beside_a_lora(project):
+    alone, beside = adapter(project, "calora_scales"), adapter(project, "scales_beside")
+    assert not alone.lora and not alone.recovery and beside.lora and beside.scales.keys() == alone.scales.keys()
+    history = json.loads((project / "models/calora_scales/toy/q8_up/history.json").read_text())
+    assert len(history["losses"]) == 6 and {"task", "kl"} <= history["losses"][0].keys()
+    start = read_adapter(project / "models/inherited/toy/q8_up/calora_scales")
+    assert start.scales.keys() == alone.scales.keys() and not any(tensor.any() for tensor in start.scales.values())
+    folder = project / "models/calora_scales/toy/q8_up"
+    assert "plain PEFT" not in (folder / "README.md").read_text()
+    metrics = json.loads((project / "results/toy/q8_up/metrics.json").read_text())["methods"]
+    assert metrics["clm_calora_scales"]["trainable_parameters"] == alone.parameters
+    base, own = (bytes_on_disk(project / "models" / part) for part in ("compressed/q8_up", "calora_scales/toy/q8_up"))
+    assert metrics["clm_calora_scales"]["bytes_on_disk"] == base + own
+    assert "CLM + scales (PEQA)" in (project / "results/table.md").read_text()
+    packed = calora.load(project / "models/compressed/q8_up")
+    packed.load_adapter(folder, "toy")
+    assert packed.answer(["a good film"])[0] in ("positive", "negative")
 
 
 def test_without_labels_every_step_is_unlabelled(project):

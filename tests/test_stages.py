@@ -66,12 +66,20 @@ def project(tmp_path_factory):
 def test_every_stage_for_other_families_and_generated_answers(tmp_path, kind, answers, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = make_project(tmp_path / "p", kind, answers)
-    change(folder, "compare", [*COMPARED, "paper"])
+    change(folder, "compare", [*COMPARED, "paper", "calora_scales"])
     run_all(folder)
     methods = json.loads((folder / "results/toy/q8_up/metrics.json").read_text())["methods"]
-    assert {"llm", "llm_lora", "clm", "clm_inherited", "clm_lora", "clm_lora_qk", "clm_calora", "clm_paper"} <= set(
-        methods
-    )
+    assert {
+        "llm",
+        "llm_lora",
+        "clm",
+        "clm_inherited",
+        "clm_lora",
+        "clm_lora_qk",
+        "clm_calora",
+        "clm_paper",
+        "clm_calora_scales",
+    } <= set(methods)
     assert ("small_lora" in methods) == answers
     assert ("em" in methods["llm"]) != answers
 

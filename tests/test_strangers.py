@@ -253,6 +253,11 @@ REFUSED = {
     "replication": ({}, {"layer_replication": [[0, 2], [1, 2]]}, "replicated layers"),
     "megatron": ({}, {"megatron_config": {"a": 1}}, "Megatron"),
     "alora": ({"alora_invocation_tokens": [3, 5]}, {}, "aLoRA"),
+    "parts beside the LoRA": (
+        {},
+        {"calora": "the rest of it is in scales.safetensors"},
+        "parts for its own base.*load_adapter",
+    ),
     "another method": ({}, {"peft_type": "LOHA"}, "peft_type LORA, found LOHA"),
     "targets that are not there": ({}, {"target_modules": ["c_attn"]}, r"target_modules among .*q_proj.*c_attn"),
     "targets without tensors": ({}, {"target_modules": ["q_proj", "k_proj", "down_proj"]}, "k_proj.*no tensors"),

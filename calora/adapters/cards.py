@@ -14,16 +14,18 @@ def plain_card(task: Task, base: str) -> str:
     return _card(base, ["lora"], f"# LoRA for {_code(task.name)}\n\nA plain PEFT LoRA.\n\n{_described(task)}")
 
 
-def calora_card(task: Task, base: str, origin: str, whole: float, lora_alone: float) -> str:
-    """The card of a CA-LoRA adapter, with its validation accuracy as a whole and without the recovery part."""
+def calora_card(task: Task, base: str, origin: str, whole: float, lora_alone: float | None) -> str:
+    """The card of a CA-LoRA adapter, with its validation accuracy as a whole and that of its LoRA alone, if it has one."""
+    rows = [("`calora` (all of it)", whole)]
+    rows += [] if lora_alone is None else [("plain PEFT (LoRA part alone)", lora_alone)]
+    table = "\n".join(f"| {loader} | {accuracy:.4f} |" for loader, accuracy in rows)
     body = f"""# CA-LoRA adapter for {_code(task.name)}
 
 For the compressed base {_code(base)} and no other: `calora.json` holds its fingerprint. Inherited from {_code(origin)}.
 
 | loaded with | validation accuracy |
 |---|---|
-| `calora` (LoRA and recovery part) | {whole:.4f} |
-| plain PEFT (LoRA part alone) | {lora_alone:.4f} |
+{table}
 
 ```python
 import calora

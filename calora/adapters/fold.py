@@ -15,8 +15,11 @@ def fold(adapter: Adapter) -> Adapter:
     The result is a plain LoRA of rank r + rank on the layers that had both, which any LoRA runtime can serve.
 
     Raises:
-        CaloraError: the bypass is not linear (`activation` is not `identity`).
+        CaloraError: the bypass is not linear (`activation` is not `identity`), or the adapter has scales.
     """
+    if adapter.scales:
+        found = "scales of a grid, whose change of the weight has full rank: no LoRA holds it"
+        raise CaloraError("fold", "a LoRA and a linear bypass", found, "load the adapter's folder with calora")
     activation = adapter.meta.get("activation")
     if adapter.recovery and activation != "identity":
         raise CaloraError("fold", "activation: identity", activation, "train it with a linear bypass")

@@ -1,4 +1,4 @@
-"""An adapter folder: a plain PEFT LoRA, the recovery part beside it, and calora.json, which says what it was made for."""
+"""An adapter folder: a plain PEFT LoRA, the recovery part and the scales beside it, and calora.json: what it was made for."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ from calora.common.versions import versions
 from calora.errors import CaloraError
 from calora.recovery.bypass import ACTIVATIONS
 
-CONFIG, LORA, RECOVERY, META = (
+CONFIG, LORA, RECOVERY, SCALES, META = (
     "adapter_config.json",
     "adapter_model.safetensors",
     "recovery.safetensors",
+    "scales.safetensors",
     "calora.json",
 )
 # Entries of calora.json that describe the folder itself.
-ABOUT = ("lora", "recovery", "recovery_format", "versions", "sha256")
+ABOUT = ("lora", "recovery", "recovery_format", "scales", "versions", "sha256")
 
 
 def write_adapter(
@@ -43,12 +44,13 @@ def write_adapter(
 ) -> None:
     """Write an adapter folder; where there is a LoRA, PEFT reads it as a plain one.
 
-    Beside a recovery part, an extra key in adapter_config.json makes plain PEFT warn that it is not loaded.
+    Where there is more than that, an extra key in adapter_config.json makes plain PEFT warn that it is not loaded.
 
     Args:
         base: what `base_model_name_or_path` says.
         card: the text of README.md.
-        dtype: of the stored tensors; of codes, that of their scales.
+        dtype: of the stored tensors; of codes, that of their scales. The task's scales are ratios to the base's, minus
+            1, so that bf16 keeps their small differences, as it would not keep those of the scales themselves.
         notes: JSON files to put beside them, by name.
         recovery_format: of the recovery part alone: `bf16` (as it is, in `dtype`), `int8` or `int4` (see `codes`).
     """
@@ -60,8 +62,14 @@ def write_adapter(
             write_tensors(scratch / LORA, {PREFIX + key: tensor.to(dtype) for key, tensor in adapter.lora.items()})
         if adapter.recovery:
             write_tensors(scratch / RECOVERY, encode_recovery(adapter.recovery, recovery_format, dtype))
+        if adapter.scales:
+            write_tensors(scratch / SCALES, {key: tensor.to(dtype) for key, tensor in adapter.scales.items()})
         if adapter.meta:
-            parts = {"lora": adapter.config is not None, "recovery": bool(adapter.recovery)}
+            parts = {
+                "lora": adapter.config is not None,
+                "recovery": bool(adapter.recovery),
+                "scales": bool(adapter.scales),
+            }
             kind = {"recovery_format": recovery_format} if adapter.recovery else {}
             about = {**adapter.meta, **parts, **kind, "versions": versions()}
             about["sha256"] = {name: sha256(scratch / name) for name in _files(parts)}
@@ -79,14 +87,16 @@ def _config_json(adapter: Adapter, config: LoraConfig, base: str) -> dict[str, A
     for key, value in values.items():
         if isinstance(value, set):  # PEFT's targets: their order differs from process to process
             values[key] = sorted(value)
-    if adapter.recovery:
-        values["calora"] = f"the recovery part is in {RECOVERY}: load this folder with calora to use it"
+    more = [name for name, part in ((RECOVERY, adapter.recovery), (SCALES, adapter.scales)) if part]
+    if more:
+        values["calora"] = f"the rest of it is in {' and '.join(more)}: load this folder with calora to use it"
     return values
 
 
 def _files(parts: Mapping[str, Any]) -> list[str]:
     """The files that make an adapter, besides calora.json."""
-    return [*((CONFIG, LORA) if parts["lora"] else ()), *((RECOVERY,) if parts["recovery"] else ())]
+    files = [*((CONFIG, LORA) if parts["lora"] else ()), *((RECOVERY,) if parts["recovery"] else ())]
+    return [*files, SCALES] if parts.get("scales") else files  # adapters of before have no such entry
 
 
 def _digest(about: Mapping[str, Any]) -> str:
@@ -108,7 +118,7 @@ def read_plain_lora(directory: Path) -> Adapter:
 
 
 def read_adapter(directory: Path) -> Adapter:
-    """Read a CA-LoRA adapter folder: calora.json, and the LoRA and the recovery part that it names.
+    """Read a CA-LoRA adapter folder: calora.json, and the LoRA, the recovery part and the scales that it names.
 
     A recovery part in codes comes back as the rounded values, in fp32.
 
@@ -127,6 +137,8 @@ def read_adapter(directory: Path) -> Adapter:
     if about["recovery"]:
         stored, path = read_tensors(directory / RECOVERY, FIX), directory / RECOVERY
         adapter.recovery = decode_recovery(stored, about.get("recovery_format", "bf16"), path)
+    if about.get("scales"):
+        adapter.scales = read_tensors(directory / SCALES, FIX)
     adapter.meta = {key: value for key, value in about.items() if key not in ABOUT}
     return adapter
 

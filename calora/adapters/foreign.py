@@ -43,6 +43,7 @@ PARTS = {  # of a tensor's name -> key of FEATURES
     ".token_adapter": "trainable_token_indices",
     ".trainable_tokens_": "trainable_token_indices",
 }
+LOAD = "put it on that base with load_adapter; a new base is given the LoRA that it was inherited from"
 
 
 def import_lora(directory: Path, model: PreTrainedModel) -> Adapter:
@@ -62,6 +63,8 @@ def import_lora(directory: Path, model: PreTrainedModel) -> Adapter:
     raw, tensors = read_json(path, FIX), read_tensors(weights, FIX)
     _check_vocabulary(weights, tensors, model)
     config = plain_lora(path, raw, (*PLAIN_STARTS, *REPEATABLE))
+    if "calora" in raw:
+        raise refused(path, "an adapter of CA-LoRA with parts for its own base", str(raw["calora"]), LOAD)
     if config.modules_to_save:
         raise refused(path, FEATURES["modules_to_save"][0], f"modules_to_save: {config.modules_to_save}", MERGE)
     layers, wanted = linear_layers(model), _targeted(path, model, config)

@@ -1,4 +1,4 @@
-"""An adapter on a model: PEFT's LoRA and the bypasses, put on, switched, and taken off again."""
+"""An adapter on a model: PEFT's LoRA, the bypasses and the scales, put on, switched, and taken off again."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, delete_adapter
@@ -16,34 +17,47 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from calora.adapters.scales import (
+    PART,
+    TaskScales,
+    activate_scales,
+    attach_scales,
+    detach_scales,
+    on_grid,
+    scales_of,
+    scales_state,
+)
 from calora.errors import CaloraError
 from calora.models.anatomy import linear_layers
-from calora.recovery.bypass import RecoveryBypass, activate, attach, bypasses_of, detach, recovery_state
+from calora.recovery.bypass import Bypasses, RecoveryBypass, activate, attach, bypasses_of, detach, recovery_state
 
 PREFIX = "base_model.model."  # PEFT's, in front of every tensor name on disk
+ADAPTED = (".lora_", ".recovery.", f"{PART}.")  # one of these is in the name of each of an adapter's parameters
 OWN_BASE = "load the base that the adapter was made for"
 
 
 @dataclass
 class Adapter:
-    """An adapter in memory. It may have no LoRA, no bypass, or neither: then it is the compressed model alone.
+    """An adapter in memory. It may lack any part; without all of them it is the compressed model alone.
 
     Args:
         config: the PEFT configuration of the LoRA; None without a LoRA.
         lora: `<layer>.lora_A.weight` [r, in] and `<layer>.lora_B.weight` [out, r]; empty without a LoRA.
         recovery: `<layer>.down` [in, rank] and `<layer>.up` [rank, out]; empty without a bypass.
         meta: what calora.json holds; empty for a plain LoRA.
+        scales: `<layer>.scales` [out, groups], the task's scales of a grid over the base's, minus 1; empty without any.
     """
 
     config: LoraConfig | None
     lora: dict[str, Tensor]
     recovery: dict[str, Tensor] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
+    scales: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
         """Number of trainable parameters."""
-        return sum(tensor.numel() for tensor in [*self.lora.values(), *self.recovery.values()])
+        return sum(tensor.numel() for part in (self.lora, self.recovery, self.scales) for tensor in part.values())
 
     @property
     def lora_layers(self) -> list[str]:
@@ -166,7 +180,7 @@ def inject(model: nn.Module, config: LoraConfig, name: str = "default", fresh: b
 
 
 def attach_adapter(model: PreTrainedModel, adapter: Adapter, name: str) -> None:
-    """Add an adapter's LoRA and its bypasses to `model` in place, strictly by name; the model is in eval mode then.
+    """Add an adapter's LoRA, bypasses and scales to `model` in place, strictly by name; the model is in eval mode then.
 
     Raises:
         CaloraError: the name is taken or unfit, or a tensor fits no layer; the model is as it was before.
@@ -175,15 +189,28 @@ def attach_adapter(model: PreTrainedModel, adapter: Adapter, name: str) -> None:
     layers = linear_layers(model)
     check_lora(f"adapter {name}", adapter, layers)
     bypasses = _bypasses(f"adapter {name}", adapter, layers)
+    check_scales(f"adapter {name}", adapter, layers)
+    device, dtype = model.device, dtype_of(model)
     try:
         if adapter.config is not None:
             _attach_lora(model, adapter.config, adapter.lora, name)
         for layer, bypass in bypasses.items():
-            attach(layers[layer], name, bypass.to(model.device, model.dtype))
+            attach(layers[layer], name, bypass.to(device, dtype))
+        for key, ratio in adapter.scales.items():
+            attach_scales(layers[key.removesuffix(PART)], name, ratio.to(device, dtype))
     except BaseException:
         detach_adapter(model, name)
         raise
     model.requires_grad_(False).eval()
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The dtype that the base computes in: transformers' `dtype` is that of the first parameter, an adapter's perhaps."""
+    return next(
+        parameter.dtype
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point() and not any(part in name for part in ADAPTED)
+    )
 
 
 def _attach_lora(model: PreTrainedModel, config: LoraConfig, lora: dict[str, Tensor], name: str) -> None:
@@ -196,7 +223,10 @@ def _attach_lora(model: PreTrainedModel, config: LoraConfig, lora: dict[str, Ten
 
 
 def detach_adapter(model: PreTrainedModel, name: str) -> None:
-    """Take the adapter `name` off; of layers that have no other adapter PEFT's wrapping and the hook go too."""
+    """Take the adapter `name` off; of layers that have no other adapter PEFT's wrapping and the hook go too.
+
+    Where it is in use, the base's own scales are again.
+    """
     configs: dict[str, Any] = getattr(model, "peft_config", {})
     if name in configs:
         with warnings.catch_warnings():
@@ -209,6 +239,7 @@ def detach_adapter(model: PreTrainedModel, name: str) -> None:
         if not configs:
             del model.peft_config
     detach(model, name)
+    detach_scales(model, name)
 
 
 def check_name(model: nn.Module, name: str) -> None:
@@ -217,10 +248,12 @@ def check_name(model: nn.Module, name: str) -> None:
     PEFT finds an adapter's tensors by its name as one of the parts of a tensor's name: it may be no other part.
     """
     where = "adapter name"
-    if name in getattr(model, "peft_config", {}) or any(name in bypasses for _, bypasses in bypasses_of(model)):
+    bypassed = any(name in bypasses for _, bypasses in bypasses_of(model))
+    scaled = any(scales.of(name) is not None for _, _, scales in scales_of(model))
+    if name in getattr(model, "peft_config", {}) or bypassed or scaled:
         raise CaloraError(where, "a name that is free", f"{name!r}, which is taken", "take that adapter off, or rename")
     parts = {part for path, _ in model.named_modules() for part in path.split(".")} | {"weight", "bias", "base_layer"}
-    if not name or "." in name or name in parts or hasattr(nn.ModuleDict, name):
+    if not name or "." in name or name in parts or hasattr(Bypasses, name) or hasattr(TaskScales, name):
         expected = "a word without a dot that is no part of a layer's name and none of torch's own"
         raise CaloraError(where, expected, repr(name), "choose another name")
 
@@ -267,14 +300,38 @@ def _bypasses(where: object, adapter: Adapter, layers: Mapping[str, nn.Linear]) 
     return made
 
 
+def check_scales(where: str, adapter: Adapter, layers: Mapping[str, nn.Linear]) -> None:
+    """Raise `CaloraError` unless each ratio [out, groups] fits the grid of its layer."""
+    for key, ratio in adapter.scales.items():
+        name = key.removesuffix(PART)
+        layer = layers.get(name)
+        if layer is None or name == key:
+            raise CaloraError(where, f"<layer>{PART} of a layer of the base", key, OWN_BASE)
+        grid = on_grid(layer)
+        if grid is None:
+            expected = "a layer whose codes are on a grid (int8 to int2, packed or its dense view)"
+            fix = "open the base that the adapter was made for with calora.load"
+            raise CaloraError(f"{where}, scales of {name}", expected, type(layer).__name__, fix)
+        want = [layer.out_features, grid.scale_groups]
+        if list(ratio.shape) != want:
+            raise CaloraError(f"{where}, scales of {name}", want, list(ratio.shape), OWN_BASE)
+
+
 def set_active(model: PreTrainedModel, name: str | None) -> None:
-    """Make `name` the active LoRA and bypass everywhere; None switches both off."""
+    """Make `name` the active LoRA, bypass and scales everywhere; None switches all off."""
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             module.enable_adapters(name is not None)
             if name is not None:
                 module.set_adapter(name, inference_mode=True)
     activate(model, name)
+    activate_scales(model, name)
+
+
+def lora_alone(model: PreTrainedModel) -> None:
+    """Switch off all of an adapter but its LoRA, which is what plain PEFT serves."""
+    activate(model, None)
+    activate_scales(model, None)
 
 
 def lora_state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
@@ -289,4 +346,4 @@ def take_adapter(
     model: nn.Module, config: LoraConfig | None, meta: Mapping[str, Any], name: str = "default"
 ) -> Adapter:
     """The adapter `name` as it stands on the model; `config` is None if it has no LoRA."""
-    return Adapter(config, lora_state(model, name), recovery_state(model, name), dict(meta))
+    return Adapter(config, lora_state(model, name), recovery_state(model, name), dict(meta), scales_state(model, name))

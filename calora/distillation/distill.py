@@ -11,7 +11,17 @@ from peft import LoraConfig
 from torch import nn
 from transformers import PreTrainedModel
 
-from calora.adapters.lora import Adapter, attach_adapter, inject, lora_state, set_active, take_adapter
+from calora.adapters.lora import (
+    ADAPTED,
+    Adapter,
+    attach_adapter,
+    detach_adapter,
+    inject,
+    lora_state,
+    set_active,
+    take_adapter,
+)
+from calora.adapters.scales import scales_of
 from calora.common.batching import epoch_batches
 from calora.common.parallel import place, share, weight
 from calora.distillation.loss import Weights, loss_of, task_loss
@@ -23,11 +33,11 @@ from calora.models.tasks import Example
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters of the adapter on `model`: LoRA, bypass, classification head."""
+    """The parameters of the adapter on `model`: LoRA, bypass, scales, classification head."""
     return [
         parameter
         for name, parameter in model.named_parameters()
-        if ".lora_" in name or ".recovery." in name or ".modules_to_save." in name
+        if any(part in name for part in (*ADAPTED, ".modules_to_save."))
     ]
 
 
@@ -98,7 +108,7 @@ def distill(
     name: str = "default",
     title: str = "CA-LoRA",
 ) -> tuple[Adapter, History]:
-    """Train an adapter on the compressed model: its LoRA and its bypass, on the right answers and the teacher's targets.
+    """Train an adapter on the compressed model, all of its parts, on the right answers and the teacher's targets.
 
     Args:
         model: the compressed model's dense view, changed in place.
@@ -111,13 +121,18 @@ def distill(
         The adapter with the best validation score, and the curves.
 
     Raises:
-        CaloraError: there are neither labelled texts nor unlabelled ones that the loss looks at.
+        CaloraError: there are neither labelled texts nor unlabelled ones that the loss looks at, or the adapter has
+            scales and the model is no dense view.
     """
     every = weights.unlabelled_every if unlabelled and weights.needs_teacher else 0
     if labelled is None and not every:
         expected = "labelled texts, or unlabelled ones and a loss that looks at the teacher there"
         raise CaloraError("distill", expected, "neither", "give it texts with labels, or raise unlabelled_every")
     attach_adapter(model, adapter, name)
+    if not all(layer.trains_scales for _, layer, scales in scales_of(model) if scales.of(name) is not None):
+        detach_adapter(model, name)
+        found = "packed layers, which pass no gradient on to their scales"
+        raise CaloraError("distill", "the dense view of the model, for scales", found, "load it with dense=True")
     set_active(model, name)
     place(model)
     family = family_of(model)

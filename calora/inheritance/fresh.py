@@ -1,4 +1,4 @@
-"""A LoRA that starts anew: as PEFT starts it, and with the budget of another adapter."""
+"""What starts anew: a LoRA as PEFT starts it, one with the budget of another adapter, scales that change nothing."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from calora.adapters.foreign import targeted
 from calora.adapters.lora import Adapter, lora_rank, lora_scale, plain_config
+from calora.adapters.scales import PART, on_grid
 from calora.errors import CaloraError
 from calora.models.anatomy import linear_layers
 
@@ -46,6 +47,22 @@ def fresh_adapter(
     return Adapter(config, fresh_lora(like, seed), {}, dict(meta or {}))
 
 
+def unchanged_scales(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Ratios of 0 for every layer of the blocks that is on a grid: `<layer>.scales` [out, groups], an exact no-op.
+
+    Raises:
+        CaloraError: none is.
+    """
+    grids = {name: (layer.out_features, on_grid(layer)) for name, layer in linear_layers(model).items()}
+    made = {f"{name}{PART}": torch.zeros(rows, grid.scale_groups) for name, (rows, grid) in grids.items() if grid}
+    if not made:
+        expected = "layers on a grid (int8 to int2)"
+        raise CaloraError(
+            "scales", expected, "none", "quantize the base to one of these formats (nf4 has no such grid)"
+        )
+    return made
+
+
 def equal_budget(adapter: Adapter, layers: Iterable[str]) -> LoraConfig:
     """A LoRA with exactly as many parameters as `adapter`: in each layer its LoRA's rank there + its bypass's.
 
@@ -55,8 +72,11 @@ def equal_budget(adapter: Adapter, layers: Iterable[str]) -> LoraConfig:
         layers: the names of all linear layers of the model.
 
     Raises:
-        CaloraError: the adapter is empty.
+        CaloraError: the adapter is empty, or has scales.
     """
+    if adapter.scales:
+        found = "scales, of which each output has as many as its grid has groups"
+        raise CaloraError("equal_budget", "an adapter with a LoRA or a bypass alone", found, "name another adapter")
     config = adapter.config
     ranks = {layer: adapter.lora[f"{layer}.lora_A.weight"].shape[0] for layer in adapter.lora_layers}
     scales = {layer: lora_scale(config, layer) for layer in ranks} if config is not None else {}

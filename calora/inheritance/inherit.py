@@ -26,7 +26,7 @@ from calora.adapters.origin import Origin
 from calora.common.leastsquares import compensated
 from calora.common.progress import progress
 from calora.errors import CaloraError
-from calora.inheritance.fresh import fresh_lora
+from calora.inheritance.fresh import fresh_lora, unchanged_scales
 from calora.layers.layout import dense_weight
 from calora.models.anatomy import linear_layers
 from calora.models.moments import input_second_moments
@@ -125,18 +125,20 @@ def inherit(
     *,
     lora: str = "inherited",
     bypass: Bypass | None = None,
+    scales: bool = False,
     reference: PreTrainedModel | None = None,
     calibration: Sequence[Example] = (),
     origin: Origin = WHOLE,
     seed: int = 0,
 ) -> tuple[Adapter, Inheritance]:
-    """The adapter that CA-LoRA starts from: the teacher's LoRA and an initialised bypass.
+    """The adapter that CA-LoRA starts from: the teacher's LoRA, an initialised bypass, scales that change nothing yet.
 
     Args:
         model: the compressed model (packed or its dense view).
         teacher: the LoRA that was trained on the uncompressed model.
         lora: `inherited`; `fresh`, one of the same shape as PEFT starts it; or `none`.
         bypass: the recovery module; None for none.
+        scales: whether the task gets scales of its own for the grids of the compressed weights (PEQA, arXiv 2305.14152).
         reference: the uncompressed model. It is needed for a warm start, and for an inherited LoRA on layers that lost
             inputs. With an inherited LoRA its inputs are those under the teacher's; it is left as it was.
         calibration: examples of the task, whose inputs weigh the compression error.
@@ -144,7 +146,8 @@ def inherit(
         seed: of a fresh LoRA, and of the D of a bypass that starts from zero.
 
     Raises:
-        CaloraError: an argument is outside its range, or `reference` or `calibration` is needed and not there.
+        CaloraError: an argument is outside its range, `reference` or `calibration` is needed and not there, or no layer
+            is on a grid whose scales could be the task's.
     """
     if lora not in LORAS:
         raise CaloraError("lora", f"one of {', '.join(LORAS)}", lora, "choose one of them")
@@ -157,6 +160,8 @@ def inherit(
     if bypass:
         adapter.recovery = random_bypasses(beside, bypass.rank, bypass.activation, seed)
         adapter.meta |= {"activation": bypass.activation}
+    if scales:
+        adapter.scales = unchanged_scales(model)
     warm = beside if bypass and bypass.start == "weighted_error" else {}
     refit = {layer for layer in report.sliced if _lost_inputs(report, layer)} if lora == "inherited" else set()
     if not (warm or refit):

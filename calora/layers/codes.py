@@ -6,7 +6,7 @@ Tensor names and layouts of dense int8 and int4 weights are those of compressed-
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -67,6 +67,11 @@ class Grid:
             return 2 * codes + 1, Grid(self.scale / 2, None, 4)
         zero = 0 if self.zero is None else self.zero.unsqueeze(-1)
         return (_split(codes, self.scale.shape[-1]) - zero).flatten(-2), Grid(self.scale, None, 4)
+
+    def rescaled(self, ratio: Tensor) -> Grid:
+        """The grid with scale * (1 + ratio), ratio [out, in / group], in the wider dtype of the two: 0 changes nothing."""
+        dtype = torch.promote_types(self.scale.dtype, ratio.dtype)
+        return replace(self, scale=(self.scale.float() * (1 + ratio.float())).to(dtype))
 
     @classmethod
     def of_groups(cls, grids: Sequence[Grid]) -> Grid:

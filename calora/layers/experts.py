@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from calora.errors import CaloraError
+from calora.layers.codes import Grid
 from calora.layers.packed import PackedLinear, Packing, kernel_takes
 from calora.recovery.shared import attach_shared, shared_of
 
@@ -185,13 +186,16 @@ class ExpertLinear(nn.Linear):
     one contiguous piece. The rest of an output is 0, the rest of an input is not read.
     """
 
+    trains_scales = False
+
     def __init__(self, layer: nn.Linear, choice: Choice, reads_neurons: bool) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.reads_neurons = layer.in_features, layer.out_features, reads_neurons
         self.choice = choice
         packed = isinstance(layer, PackedLinear)
         values = layer.weight.detach()
-        self.scale = layer.get_buffer("weight_scale").flatten() if packed else None
+        self.own_scale = layer.get_buffer("weight_scale").flatten() if packed else None
+        self.scale = self.own_scale
         if reads_neurons:
             values = values.T.contiguous()
         self.weight = nn.Parameter(values.view(-1, choice.size, values.shape[1]), requires_grad=False)
@@ -215,6 +219,17 @@ class ExpertLinear(nn.Linear):
             if self.scale is None
             else (values.float() * self.scale.float().unsqueeze(1)).to(self.dtype).to(dtype)
         )
+
+    @property
+    def scale_groups(self) -> int:
+        """Scales of each output; 0 where the weight is on no grid."""
+        return 0 if self.own_scale is None else 1
+
+    def rescale(self, ratio: Tensor | None) -> None:
+        """From now on w = code * scale * (1 + ratio), ratio [out, 1]; None: with the base's own scales."""
+        self.scale = self.own_scale
+        if ratio is not None and self.own_scale is not None:
+            self.scale = Grid(self.own_scale, None, 8).rescaled(ratio.flatten()).scale
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""

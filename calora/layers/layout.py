@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from calora.layers.experts import ExpertLinear, Experts
 from calora.layers.nf4 import Nf4Linear
+from calora.layers.ongrid import GridLinear
 from calora.layers.packed import PackedEmbedding, PackedLinear, Packing, ScaledEmbedding
 from calora.recovery.shared import CHILD, SharedRecovery, attach_shared, read_once, shared_of
 
@@ -130,10 +131,11 @@ def prepare(model: nn.Module) -> None:
 
 
 def prepared(layer: nn.Module) -> bool:
-    """Whether a layer was brought into the form that a CPU computes with, which is not the stored one."""
+    """Whether a layer computes with what is not its stored form: that of a CPU, or the scales of a task."""
     if isinstance(layer, Experts):
         return layer.choice is not None
-    return isinstance(layer, ExpertLinear) or bool(getattr(layer, "kernel", None))
+    exchanged = isinstance(layer, PackedLinear) and layer.exchanged is not None
+    return exchanged or isinstance(layer, ExpertLinear) or bool(getattr(layer, "kernel", None))
 
 
 def dense_layer(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -166,7 +168,7 @@ def _own_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
 
 
 def dense_view(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A dense layer with the same values."""
+    """A dense layer with the same values; of one on a grid a task can still train the scales."""
     weight = dense_weight(layer, dtype)
     if isinstance(layer, nn.Embedding):
         factor: float | None = getattr(layer, "factor", None)
@@ -174,5 +176,7 @@ def dense_view(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
             return ScaledEmbedding(weight, layer.padding_idx, factor).requires_grad_(False)
         rows, width = weight.shape
         return nn.Embedding(rows, width, padding_idx=layer.padding_idx, _weight=weight).requires_grad_(False)
+    if isinstance(layer, PackedLinear) and layer.scale_groups:
+        return GridLinear(layer, weight)
     assert isinstance(layer, nn.Linear)
     return dense_layer(weight, layer.bias)

@@ -56,6 +56,9 @@ class PackedLinear(nn.Linear):
     Make one with `pack` (from a dense layer) or `restore` (from stored tensors). `tensors()` are what is stored.
     """
 
+    trains_scales = False
+    exchanged: tuple[Tensor, Tensor] | None = None  # while a task's scales are in use: the base's own, and the ratio
+
     def __init__(self, in_features: int, out_features: int, packing: Packing, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.packing, self.dtype = in_features, out_features, packing, dtype
@@ -228,8 +231,7 @@ class PackedLinear(nn.Linear):
         layout, scales = room  # [out, in / 2], [groups, out, 2]
         codes, grid = self._codes_of_4_bits()
         layout.copy_(torch._convert_weight_to_int4pack_for_cpu((codes + 8).int(), 1))  # from [out, in]
-        scales[..., 0] = grid.scale.T
-        scales[..., 1] = 0 if grid.zero is None else -(grid.zero.float() * grid.scale.float()).T
+        fill_kernel(scales, grid)
         self.kernel, self.packing = room, replace(self.packing, format="int4", symmetric=grid.zero is None)
         if self.weight is None:
             for name in list(self._buffers):
@@ -249,18 +251,60 @@ class PackedLinear(nn.Linear):
         if self.weight is not None:  # a head still has its stored form
             self.kernel = ()
             return
-        weight, scales = self.dense_weight(torch.float32), self.kernel[1].float()  # [out, in], [groups, out, 2]
-        scale = scales[..., 0].T.contiguous()  # [out, groups]
-        zero = None if self.packing.symmetric else (-scales[..., 1].T / scale).round().to(torch.int8)
-        grid = Grid(scale.to(self.dtype), zero, BITS["int4"])
+        weight, grid = self.dense_weight(torch.float32), self._kernel_grid()
         self.kernel, self.packing = (), replace(self.packing, sparse=False)
         self.restore(packed_tensors(grid.encode(weight), grid, self.packing))
 
+    def _kernel_grid(self) -> Grid:
+        """The grid of torch's int4 layout."""
+        scales = self.kernel[1].float()  # [groups, out, 2]
+        scale = scales[..., 0].T.contiguous()  # [out, groups]
+        zero = None if self.packing.symmetric else (-scales[..., 1].T / scale).round().to(torch.int8)
+        return Grid(scale.to(self.dtype), zero, BITS["int4"])
+
+    @property
+    def scale_groups(self) -> int:
+        """Scales of each output; 0 where the weight is on no grid."""
+        if self.packing.format == "native":
+            return 0
+        return len(self.kernel[1]) if self.kernel else self.get_buffer("weight_scale").shape[1]
+
+    def rescale(self, ratio: Tensor | None) -> None:
+        """From now on w = (code - zero) * scale * (1 + ratio); None: with the base's own scales, the very same tensor.
+
+        Whatever is on no grid stays: outlier columns, the bias, the base's recovery. torch's int4 kernel has bf16 scales.
+
+        Args:
+            ratio: [out, scale_groups].
+        """
+        if self.exchanged is not None:
+            self._compute_with(self.exchanged[0])
+            self.exchanged = None
+        if ratio is None:
+            return
+        if self.kernel:
+            own = self.kernel[1]
+            self._compute_with(fill_kernel(torch.empty_like(own), self._kernel_grid().rescaled(ratio)))
+        else:
+            own = self.get_buffer("weight_scale")
+            self._compute_with(self.grid.rescaled(ratio).scale)
+        self.exchanged = own, ratio
+
+    def _compute_with(self, scales: Tensor) -> None:
+        """Put other scales into the place of those in use."""
+        if self.kernel:
+            self.kernel = self.kernel[0], scales
+        else:
+            self.register_buffer("weight_scale", scales)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         """Move, or change the dtype. torch's int4 layout is for CPUs: it does not go along to another device."""
+        ratio = None if self.exchanged is None else fn(self.exchanged[1])
+        self.rescale(None)  # what moves is the base's
         if self.kernel and fn(self.kernel[0][:0]).device.type != "cpu":
             self.unprepare()
         moved: PackedLinear = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.rescale(ratio)
         return moved
 
     def forward(self, x: Tensor) -> Tensor:
@@ -310,6 +354,13 @@ def kernel_takes(codes: Tensor, x: Tensor) -> bool:
 def aligned(tensor: Tensor) -> Tensor:
     """The tensor, or a copy of it where it does not start at a multiple of 16 bytes (in a mapped file, for example)."""
     return tensor if tensor.is_meta or tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def fill_kernel(scales: Tensor, grid: Grid) -> Tensor:
+    """Fill the scales [groups, out, 2] of torch's int4 kernel, w = code * scales[..., 0] + scales[..., 1], and return them."""
+    scales[..., 0] = grid.scale.T
+    scales[..., 1] = 0 if grid.zero is None else -(grid.zero.float() * grid.scale.float()).T
+    return scales
 
 
 def packed_tensors(codes: Tensor, grid: Grid, packing: Packing) -> dict[str, Tensor]:
