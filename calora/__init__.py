@@ -24,6 +24,7 @@ _HOME = {
     "inherit": "calora.inheritance.inherit",
     "load": "calora.compressed",
     "save": "calora.saving",
+    "share_ranks": "calora.inheritance.ranks",
 }
 __all__ = ["__version__", *_HOME]
 

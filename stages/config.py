@@ -289,14 +289,23 @@ class Bypass(Section):
     """The recovery bypass and its start."""
 
     targets: Annotated[list[str], Field(min_length=1)]
-    rank: Positive
+    rank: Positive | None
+    budget: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
     activation: Literal["gelu", "relu", "silu", "identity"]
     start: Literal["weighted_error", "zero"]
     format: Literal["bf16", "int8", "int4"]
 
     @model_validator(mode="after")
+    def _one_size(self) -> Bypass:
+        if (self.rank is None) == (self.budget is None):
+            raise ValueError(f"either a rank or a budget, and null for the other ({self.rank} and {self.budget})")
+        if self.budget is not None and self.start == "zero":
+            raise ValueError("a budget goes with `start: weighted_error`, by which it is shared out: give a rank")
+        return self
+
+    @model_validator(mode="after")
     def _even(self) -> Bypass:
-        if self.start == "weighted_error" and self.activation != "identity" and self.rank % 2:
+        if self.rank and self.start == "weighted_error" and self.activation != "identity" and self.rank % 2:
             raise ValueError(f"rank must be even for the warm start with {self.activation}, found {self.rank}")
         return self
 

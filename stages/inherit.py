@@ -6,22 +6,26 @@ writes models/inherited/<task>/<recipe>/<method>.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from calora.adapters.cards import plain_card
 from calora.adapters.folder import read_plain_lora, write_adapter
-from calora.adapters.lora import Adapter, check_targets, lora_config
+from calora.adapters.lora import Adapter, Rank, check_targets, lora_config
 from calora.common.files import fingerprint, read_json
 from calora.compressed import Compressed, load
 from calora.inheritance.fresh import equal_budget, fresh_adapter
 from calora.inheritance.inherit import Bypass, Inheritance, inherit
+from calora.inheritance.ranks import share_ranks
 from calora.models.anatomy import linear_layers
 from calora.models.loading import load_model
 from calora.models.tasks import encode_all, positions
 from calora.saving import REPORT
 from stages.common import BASE, METHODS, compressed, inherited, run, teacher
+from stages.config import Bypass as Bypassed
 from stages.config import Params, Start
 from stages.splits import read_split, read_task
 
@@ -50,39 +54,45 @@ def read_start(method: str) -> Start:
     return Start.model_validate(read_json(METHODS / method / "start.json", "run `dvc repro methods`"))
 
 
-def start_of(start: Start, model: Compressed, name: str, seed: int) -> tuple[Adapter, Inheritance]:
-    """The adapter of a start, and what became of the teacher's layers."""
-    if isinstance(start.budget, Start):  # the shape of another method's adapter; what its values are does not matter
-        like, report = start_of(of_shape(start.budget), model, name, seed)
+def start_of(start: Start, model: Compressed, name: str, seed: int, shape: bool = False) -> tuple[Adapter, Inheritance]:
+    """The adapter of a start, and what became of the teacher's layers; for its `shape` alone, values that take no data."""
+    if isinstance(start.budget, Start):
+        like, report = start_of(start.budget, model, name, seed, shape=True)
         return fresh_adapter(model, equal_budget(like, linear_layers(model)), {}, seed), report
     lora = start.lora
     if isinstance(lora, str):
-        return carried(start, lora, model, name, seed)
+        return carried(start, lora, model, name, seed, shape)
     check_targets(model, lora.targets, lora.rank)
     made = fresh_adapter(model, lora_config(lora.rank, lora.lora_alpha, lora.targets), {}, seed)
-    bare, report = carried(start, "none", model, name, seed)
+    bare, report = carried(start, "none", model, name, seed, shape)
     return replace(bare, config=made.config, lora=made.lora), report
 
 
-def of_shape(start: Start) -> Start:
-    """A start of the same shape that takes no data to make."""
-    lora = "fresh" if start.lora == "inherited" else start.lora
-    bypass = None if start.bypass is None else start.bypass.model_copy(update={"start": "zero"})
-    return start.model_copy(update={"lora": lora, "bypass": bypass})
-
-
-def carried(start: Start, lora: str, model: Compressed, name: str, seed: int) -> tuple[Adapter, Inheritance]:
+def carried(
+    start: Start, lora: str, model: Compressed, name: str, seed: int, shape: bool
+) -> tuple[Adapter, Inheritance]:
     """The teacher's LoRA (or a fresh one of its shape, or none) with the bypass and the scales of a start."""
-    reference, calibration = None, []
-    bypass = None if start.bypass is None else Bypass(**start.bypass.model_dump(exclude={"format"}))
-    if (bypass is not None and bypass.start != "zero") or (lora == "inherited" and model.calora_origin.kept):
-        reference = load_model(BASE)
+    own, theirs = start.bypass, read_plain_lora(teacher(name))
+    data: dict[str, Any] = {"reference": None, "calibration": [], "origin": model.calora_origin}
+    fitted = (own is not None and own.start != "zero") or (lora == "inherited" and model.calora_origin.kept)
+    if (fitted and not shape) or (own is not None and own.budget is not None):
         rows = read_split(name, "train")[: start.calibration_texts]
-        calibration = encode_all(read_task(name), model.calora_tokenizer, rows, positions(model.config))
-    return inherit(
-        model, read_plain_lora(teacher(name)), lora=lora, bypass=bypass, scales=start.scales, reference=reference,
-        calibration=calibration, origin=model.calora_origin, seed=seed,
-    )  # fmt: skip
+        data["calibration"] = encode_all(read_task(name), model.calora_tokenizer, rows, positions(model.config))
+        data["reference"] = load_model(BASE)
+    bypass = None
+    if own is not None:
+        rank = rank_of(own, model, theirs if lora == "inherited" else None, data)
+        bypass = Bypass(own.targets, rank, own.activation, "zero" if shape else own.start)
+    lora = "fresh" if shape and lora == "inherited" else lora
+    return inherit(model, theirs, lora=lora, bypass=bypass, scales=start.scales, seed=seed, **data)
+
+
+def rank_of(own: Bypassed, model: Compressed, theirs: Adapter | None, data: Mapping[str, Any]) -> Rank:
+    """The rank of a bypass, or what a budget gives each layer."""
+    if own.budget is None:
+        assert own.rank is not None  # one of the two is set
+        return own.rank
+    return share_ranks(model, theirs, own.targets, own.activation, budget=own.budget, format=own.format, **data)
 
 
 if __name__ == "__main__":

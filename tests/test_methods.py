@@ -10,11 +10,16 @@ import yaml
 import calora
 from calora.adapters.folder import read_adapter
 from calora.common.files import bytes_on_disk
+from calora.compressed import load
 from calora.distillation.loss import Weights, loss_of
 from calora.errors import CaloraError
+from calora.inheritance import inherit as inheriting
+from calora.inheritance import ranks
 from calora.models.families import Batch, Output
 from pipeline.local import SMOKE
+from stages.common import compressed
 from stages.config import load_params
+from stages.inherit import read_start, start_of
 from stages.looks import LOOKS, key_of, look_of
 from stages.resolve import merged, resolve
 from tests.conftest import ROOT, change, make_project
@@ -26,6 +31,8 @@ NEW = {  # each an entry, and nothing else
     "bypass_alone": {"like": "calora", "start": {"lora": "none"}},
     "scales_beside": {"like": "calora_scales", "start": {"lora": "inherited"}, "loss": "labels"},
     "fresh_of_bypass": {"like": "clm", "start": {"lora": "fresh", "budget": "bypass_alone"}, "loss": "labels"},
+    "in_bytes": {"like": "calora", "start": {"bypass": {"rank": None, "budget": 0.006, "format": "int8"}}},
+    "fresh_of_bytes": {"like": "clm", "start": {"lora": "fresh", "budget": "in_bytes"}, "loss": "labels"},
 }  # fmt: skip
 
 
@@ -56,7 +63,7 @@ def test_a_new_baseline_is_an_entry_of_params(project):
 
 
 def test_equal_budgets_are_equal_layer_by_layer(project):
-    for fresh, other in (("clm_lora", "calora"), ("fresh_of_bypass", "bypass_alone")):
+    for fresh, other in (("clm_lora", "calora"), ("fresh_of_bypass", "bypass_alone"), ("fresh_of_bytes", "in_bytes")):
         ours, theirs = adapter(project, fresh), adapter(project, other)
         assert ours.parameters == theirs.parameters and not ours.recovery
         sizes = {}
@@ -66,6 +73,26 @@ def test_equal_budgets_are_equal_layer_by_layer(project):
                 sizes[layer] = sizes.get(layer, 0) + tensor.numel()
         for layer, size in sizes.items():
             assert sum(t.numel() for key, t in ours.lora.items() if key.startswith(f"{layer}.lora_")) == size
+
+
+def test_a_bypass_may_have_a_budget_of_bytes(project):
+    made = adapter(project, "in_bytes")
+    ranks = {key: tensor.shape[1] for key, tensor in made.recovery.items() if key.endswith(".down")}
+    assert 0 < len(ranks) < 14 and len(set(ranks.values())) > 1
+    assert 5000 < (project / "models/in_bytes/toy/q8_up/recovery.safetensors").stat().st_size <= 6000
+    assert len(json.loads((project / "models/inherited/toy/q8_up/in_bytes/inherit.json").read_text())["errors"]) == 14
+
+
+def test_the_shape_of_a_budget_takes_no_more_than_the_spectra(project, monkeypatch):
+    """The layers' inputs are looked at once, and no map is made."""
+    seen = []
+    own = ranks.moments_of
+    monkeypatch.setattr(ranks, "moments_of", lambda *a: seen.append(a[-1]) or own(*a))
+    for name in ("moments_of", "_warm_start"):
+        monkeypatch.setattr(inheriting, name, lambda *a: pytest.fail("made in full"))
+    monkeypatch.chdir(project)
+    made, _ = start_of(read_start("fresh_of_bytes"), load(compressed("q8_up")), "toy", 0)
+    assert seen == ["spectra"] and made.parameters == adapter(project, "in_bytes").parameters
 
 
 def test_an_adapter_may_be_a_bypass_alone(project):

@@ -10,14 +10,14 @@ from calora.common.files import read_json
 from calora.common.tensors import read_tensors
 from calora.compressed import load
 from calora.compression import check_recipe, compress
-from calora.compression.recover import Spectrum, share_out, weighted_size
 from calora.compression.walk import Calibration
 from calora.errors import CaloraError
 from calora.layers.layout import dense_weight
 from calora.models.anatomy import linear_layers
 from calora.models.loading import load_model
+from calora.recovery.budget import Spectrum, share_out
 from calora.recovery.shared import Factors, Reading, SharedRecovery, shared_of
-from calora.recovery.warmstart import best_linear_correction
+from calora.recovery.warmstart import best_linear_correction, weighted_size
 from calora.saving import save
 from tests.conftest import make_model
 
@@ -175,10 +175,22 @@ def test_one_input_is_read_once_and_forgotten():
 
 
 def test_a_budget_goes_where_it_mends_most_a_byte():
-    spectra = {"a": Spectrum([8.0, 4.0, 1.0], 4), "b": Spectrum([3.0, 2.0], 1)}
+    spectra = {"a": Spectrum([8.0, 4.0, 1.0], [4] * 3), "b": Spectrum([3.0, 2.0], [1] * 2)}
     assert share_out(spectra, 2) == {"a": 0, "b": 2}
     assert share_out(spectra, 10) == {"a": 2, "b": 2}
     assert share_out(spectra, 1000) == {"a": 3, "b": 2}
+    assert share_out({"a": Spectrum([8.0, 0.0], [4, 4]), "b": Spectrum([0.0], [1])}, 1000) == {"a": 1, "b": 0}
+
+
+def test_a_direction_that_brings_scales_along_is_weighed_with_those_behind_it():
+    """Alone the first of `a` mends 0.4 a byte, all three 0.56; each of `b` 0.5."""
+    spectra = {"a": Spectrum([4.0, 3.0, 2.0], [10, 3, 3]), "b": Spectrum([0.5] * 9, [1] * 9)}
+    assert spectra["a"].runs() == [(9 / 16, 3)]
+    assert share_out(spectra, 20) == {"a": 3, "b": 4}
+    assert share_out(spectra, 15) == {"a": 2, "b": 2}  # a part of the run, where no more fits
+    assert share_out(spectra, 9) == {"a": 0, "b": 9}
+    again = {"a": Spectrum([4.0, 3.0, 2.9], [5, 20, 5]), "b": Spectrum([0.2], [6])}  # the second doesn't fit: no third
+    assert share_out(again, 15) == {"a": 1, "b": 1}
 
 
 @pytest.mark.parametrize("format", ["native", "int8"])

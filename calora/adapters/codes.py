@@ -19,6 +19,10 @@ from calora.errors import CaloraError
 
 FORMATS = ("bf16", "int8", "int4")
 GROUP = 32  # values along the rank that share a scale in int4; the last group may be shorter
+HEADER, ENTRY = (
+    48,
+    92,
+)  # most bytes of a safetensors file of up to 10 GB: its own, and a tensor's besides its layer's name
 FIX = "make the adapter again, or name another folder"
 
 
@@ -36,8 +40,7 @@ def encode_recovery(recovery: Mapping[str, Tensor], kind: str, dtype: torch.dtyp
     Raises:
         CaloraError: there is no such format, or a value is not finite.
     """
-    if kind not in FORMATS:
-        raise CaloraError("format of the bypass", f"one of {', '.join(FORMATS)}", kind, "choose one of them")
+    _known(kind)
     if kind == "bf16":
         return {name: tensor.to(dtype) for name, tensor in recovery.items()}
     stored: dict[str, Tensor] = {}
@@ -47,6 +50,32 @@ def encode_recovery(recovery: Mapping[str, Tensor], kind: str, dtype: torch.dtyp
         codes, scale = _encode(_tall(name, tensor.detach().float()), kind, dtype)
         stored |= {f"{name}.codes": codes, f"{name}.scale": scale}
     return stored
+
+
+def _known(kind: str) -> None:
+    if kind not in FORMATS:
+        raise CaloraError("format of the bypass", f"one of {', '.join(FORMATS)}", kind, "choose one of them")
+
+
+def stored_bytes(layer: str, inputs: int, outputs: int, rank: int, kind: str) -> int:
+    """Most bytes of one layer's bypass in recovery.safetensors: values, or codes and scales, and their part of the header.
+
+    Args:
+        layer: its full name.
+        inputs, outputs, rank: D is [inputs, rank], U [rank, outputs].
+        kind: `bf16`, `int8` or `int4`; values and scales are of 2 bytes.
+
+    Raises:
+        CaloraError: there is no such format.
+    """
+    _known(kind)
+    rows = inputs + outputs
+    if rank == 0:
+        return 0
+    if kind == "bf16":
+        return 2 * rows * rank + 2 * (ENTRY + len(layer))
+    codes, scales = (rows, 1) if kind == "int8" else ((inputs + 1) // 2 + (outputs + 1) // 2, -(-rank // GROUP))
+    return codes * rank + 2 * rows * scales + 4 * (ENTRY + len(layer))
 
 
 def decode_recovery(stored: Mapping[str, Tensor], kind: str, where: object) -> dict[str, Tensor]:

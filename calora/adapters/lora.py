@@ -31,6 +31,7 @@ from calora.errors import CaloraError
 from calora.models.anatomy import linear_layers
 from calora.recovery.bypass import Bypasses, RecoveryBypass, activate, attach, bypasses_of, detach, recovery_state
 
+Rank = int | Mapping[str, int]  # of every layer, or by layer: then a layer that is not named gets none
 PREFIX = "base_model.model."  # PEFT's, in front of every tensor name on disk
 ADAPTED = (".lora_", ".recovery.", f"{PART}.")  # one of these is in the name of each of an adapter's parameters
 OWN_BASE = "load the base that the adapter was made for"
@@ -141,11 +142,16 @@ def _of_pattern(pattern: Mapping[str, Any] | None, layer: str, default: float) -
     return float(values.get(get_pattern_key(list(values), layer), default))
 
 
-def check_targets(model: PreTrainedModel, targets: Sequence[str], rank: int) -> dict[str, nn.Linear]:
+def ranks_of(rank: Rank, layers: Iterable[str]) -> dict[str, int]:
+    """Layer -> its rank."""
+    return dict.fromkeys(layers, rank) if isinstance(rank, int) else dict(rank)
+
+
+def check_targets(model: PreTrainedModel, targets: Sequence[str], rank: Rank) -> dict[str, nn.Linear]:
     """The linear layers whose names end in one of `targets`.
 
     Raises:
-        CaloraError: a target names no layer, or the rank is above the width of a layer.
+        CaloraError: a target names no layer, or a rank is outside the width of a layer or of no such layer.
     """
     layers = linear_layers(model)
     names = {name.rsplit(".", 1)[-1] for name in layers}
@@ -155,10 +161,12 @@ def check_targets(model: PreTrainedModel, targets: Sequence[str], rank: int) -> 
         raise CaloraError("targets", f"names among {known}", missing or "none", "name layers of this model")
     chosen = {name: layer for name, layer in layers.items() if name.rsplit(".", 1)[-1] in targets}
     widths = {name: min(layer.in_features, layer.out_features) for name, layer in chosen.items()}
-    narrowest = min(widths, key=widths.__getitem__)
-    if not 1 <= rank <= widths[narrowest]:
-        expected = f"1 to {widths[narrowest]}, the width of {narrowest}"
-        raise CaloraError("rank", expected, rank, "choose a rank in that range")
+    for name, own in ranks_of(rank, sorted(chosen, key=widths.__getitem__)).items():
+        if name not in widths:
+            raise CaloraError("rank", "layers that the targets name", name, "leave it out, or name it as a target")
+        if not 1 <= own <= widths[name]:
+            expected = f"1 to {widths[name]}, the width of {name}"
+            raise CaloraError("rank", expected, own, "choose a rank in that range")
     return chosen
 
 

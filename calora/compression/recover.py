@@ -8,7 +8,6 @@ Layers that read one input are fitted as one, and share D (arXiv 2606.01412).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +22,9 @@ from calora.errors import CaloraError
 from calora.layers.layout import dense_layer, dense_weight
 from calora.models.anatomy import linear_layers
 from calora.models.tasks import Example
+from calora.recovery.budget import Spectrum, share_out
 from calora.recovery.shared import FORMATS, Factors, SharedRecovery, attach_shared
-from calora.recovery.warmstart import best_linear_correction, spectrum
+from calora.recovery.warmstart import best_linear_correction, weighted_size
 
 FITS = ("after", "alternate", "preserve")
 JOINT = ("prune", "quantize")  # the steps that it is fitted together with
@@ -92,19 +92,6 @@ class Fitted:
 
 
 @dataclass(frozen=True)
-class Spectrum:
-    """What each direction of a map would mend of the error of the layers of one input.
-
-    Args:
-        gains: of ||E X||^2 / ||W X||^2, falling.
-        bytes: of one direction.
-    """
-
-    gains: list[float]
-    bytes: int
-
-
-@dataclass(frozen=True)
 class Group:
     """The layers that read one input.
 
@@ -164,21 +151,14 @@ class Group:
 
     def spectrum(self, compressed: Mapping[str, nn.Linear], options: Options, dtype: torch.dtype) -> Spectrum:
         """Of the error that a compression leaves."""
-        narrowest = min(len(self.moment), *self.rows)
-        gains = spectrum(self.error(compressed), self.moment)[:narrowest] / self.size**2
-        width = len(self.moment) + len(self.weight)
-        return Spectrum(gains.clamp_min(0).tolist(), width * (1 if options.format == "int8" else dtype.itemsize))
+        narrowest, width = min(len(self.moment), *self.rows), len(self.moment) + len(self.weight)
+        bytes = width * (1 if options.format == "int8" else dtype.itemsize)
+        return Spectrum.of(self.error(compressed), self.moment, self.size, [bytes] * narrowest)
 
 
 def below_one_another(layers: Iterable[nn.Linear]) -> Tensor:
     """The weights of layers that read one input, fp32 [out of all, in]."""
     return torch.cat([dense_weight(layer, torch.float32) for layer in layers])
-
-
-def weighted_size(weight: Tensor, moment: Tensor) -> float:
-    """||W X^T||_F, from X^T X [in, in]; at least 1e-30."""
-    square = float(((weight @ moment) * weight).sum())
-    return math.sqrt(max(square, 1e-60))
 
 
 def plan(
@@ -198,17 +178,6 @@ def plan(
 
     each_block(model, [("recover", look)], Calibration(examples), dtype)
     return Plan(share_out(spectra, options.budget * 1e6))
-
-
-def share_out(spectra: Mapping[str, Spectrum], budget: float) -> dict[str, int]:
-    """Ranks within a budget of bytes: the direction that mends most a byte first."""
-    offers = [(gain / one.bytes, name) for name, one in spectra.items() for gain in one.gains]
-    ranks = dict.fromkeys(spectra, 0)
-    for _, name in sorted(offers, reverse=True):  # gains fall within an input, so that its directions come in order
-        if spectra[name].bytes <= budget:
-            ranks[name] += 1
-            budget -= spectra[name].bytes
-    return ranks
 
 
 def change(block: Block, options: Options, plan: Plan, steps: Sequence[Part] = ()) -> Change:

@@ -14,12 +14,14 @@ from transformers import PreTrainedModel
 
 from calora.adapters.lora import (
     Adapter,
+    Rank,
     attach_adapter,
     check_targets,
     detach_adapter,
     lora_rank,
     lora_scale,
     plain_config,
+    ranks_of,
     set_active,
 )
 from calora.adapters.origin import Origin
@@ -46,13 +48,14 @@ class Bypass:
 
     Args:
         targets: last parts of the names of the layers that get one.
-        rank: 1 <= rank <= the layer's width; even for a warm start that is not linear.
+        rank: of every layer, or by layer (see `ranks.share_ranks`): layers that it does not name get no bypass.
+            1 <= rank <= the layer's width; even for a warm start that is not linear.
         activation: `gelu`, `relu`, `silu` or `identity`.
         start: `weighted_error` (the exact linear warm start), or `zero` (the paper's: U = 0, an exact no-op).
     """
 
     targets: Sequence[str]
-    rank: int
+    rank: Rank
     activation: str
     start: str
 
@@ -61,7 +64,8 @@ class Bypass:
             if value not in known:
                 raise CaloraError(f"bypass.{name}", f"one of {', '.join(known)}", value, "choose one of them")
         if self.start == "weighted_error":
-            correction_rank(self.rank, self.activation)
+            for rank in set(ranks_of(self.rank, self.targets).values()):
+                correction_rank(rank, self.activation)
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,8 @@ class Inheritance:
         mapped: layer -> [in, out] of each layer with a LoRA.
         sliced: layer -> the original's [in, out], of those that lost some.
         dropped: tensors of layers that were cut.
-        errors: layer with a bypass -> [before, after], the weighted error ||E X|| / ||W X|| without and with its warm
-            start; empty for a zero start.
+        errors: each layer that the bypass's targets name -> [before, after], the weighted error ||E X|| / ||W X|| without
+            and with its warm start; empty for a zero start.
     """
 
     mapped: Mapping[str, list[int]] = field(default_factory=dict)
@@ -152,13 +156,14 @@ def inherit(
     if lora not in LORAS:
         raise CaloraError("lora", f"one of {', '.join(LORAS)}", lora, "choose one of them")
     beside = check_targets(model, bypass.targets, bypass.rank) if bypass else {}
+    ranks = ranks_of(bypass.rank, beside) if bypass else {}
     adapter, report = carry_lora(model, teacher, origin)
     if lora == "none":
         adapter, report = replace(adapter, config=None, lora={}), Inheritance()
     if lora == "fresh":
         adapter.lora = fresh_lora(adapter.lora, seed)
     if bypass:
-        adapter.recovery = random_bypasses(beside, bypass.rank, bypass.activation, seed)
+        adapter.recovery = random_bypasses(beside, ranks, bypass.activation, seed)
         adapter.meta |= {"activation": bypass.activation}
     if scales:
         adapter.scales = unchanged_scales(model)
@@ -166,15 +171,16 @@ def inherit(
     refit = {layer for layer in report.sliced if _lost_inputs(report, layer)} if lora == "inherited" else set()
     if not (warm or refit):
         return adapter, report
-    whole = _needed(reference, calibration, "a warm start" if warm else f"the LoRA on {min(refit)}, which lost inputs")
+    whole = needed(reference, calibration, "a warm start" if warm else f"the LoRA on {min(refit)}, which lost inputs")
     errors: dict[str, list[float]] = {}
-    with _taught(whole, teacher if lora == "inherited" else None):
-        for key, moment in _moments(whole, sorted({*refit, *warm}), origin, calibration):
+    with taught(whole, teacher if lora == "inherited" else None):
+        for key, moment in moments_of(whole, sorted({*refit, *warm}), origin, calibration, "warm start"):
             if key in refit:
                 a = teacher.lora[f"{origin.source(key)}.lora_A.weight"]
                 adapter.lora[f"{key}.lora_A.weight"] = origin.fit_columns(key, a, moment)
             if key in warm and bypass:
-                start, errors[key] = _warm_start(bypass, *weighted_error(whole, key, warm[key], origin, moment))
+                lost = weighted_error(whole, key, warm[key], origin, moment)
+                start, errors[key] = _warm_start(ranks.get(key, 0), bypass.activation, *lost)
                 adapter.recovery |= {f"{key}.{part}": tensor for part, tensor in start.items()}
     return adapter, replace(report, errors=errors)
 
@@ -183,7 +189,12 @@ def _lost_inputs(report: Inheritance, layer: str) -> bool:
     return report.sliced[layer][0] != report.mapped[layer][0]
 
 
-def _needed(reference: PreTrainedModel | None, calibration: Sequence[Example], why: str) -> PreTrainedModel:
+def needed(reference: PreTrainedModel | None, calibration: Sequence[Example], why: str) -> PreTrainedModel:
+    """The uncompressed model.
+
+    Raises:
+        CaloraError: it is not there, or no text is.
+    """
     if reference is None:
         raise CaloraError("reference", f"the uncompressed model, for {why}", None, "give it")
     if not calibration:
@@ -192,7 +203,7 @@ def _needed(reference: PreTrainedModel | None, calibration: Sequence[Example], w
 
 
 @contextmanager
-def _taught(reference: PreTrainedModel, teacher: Adapter | None) -> Iterator[None]:
+def taught(reference: PreTrainedModel, teacher: Adapter | None) -> Iterator[None]:
     """The teacher's LoRA on the reference, for as long as the block runs."""
     if teacher is None:
         yield
@@ -205,20 +216,21 @@ def _taught(reference: PreTrainedModel, teacher: Adapter | None) -> Iterator[Non
         detach_adapter(reference, TEACHER)
 
 
-def random_bypasses(layers: Mapping[str, nn.Linear], rank: int, activation: str, seed: int = 0) -> dict[str, Tensor]:
+def random_bypasses(layers: Mapping[str, nn.Linear], rank: Rank, activation: str, seed: int = 0) -> dict[str, Tensor]:
     """The paper's start: D random, U = 0."""
     generator = torch.Generator().manual_seed(seed)
     recovery: dict[str, Tensor] = {}
-    for key, layer in layers.items():
-        bypass = RecoveryBypass(layer.in_features, layer.out_features, rank, activation)
+    for key, own in ranks_of(rank, layers).items():
+        layer = layers[key]
+        bypass = RecoveryBypass(layer.in_features, layer.out_features, own, activation)
         with torch.no_grad():
             bypass.down.normal_(0, layer.in_features**-0.5, generator=generator)
         recovery[f"{key}.down"], recovery[f"{key}.up"] = bypass.down.detach(), bypass.up.detach()
     return recovery
 
 
-def _moments(
-    reference: PreTrainedModel, layers: Sequence[str], origin: Origin, calibration: Sequence[Example]
+def moments_of(
+    reference: PreTrainedModel, layers: Sequence[str], origin: Origin, calibration: Sequence[Example], title: str
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (compressed layer, X^T X [in, in]); X are the inputs that the *uncompressed* model sees.
 
@@ -230,7 +242,7 @@ def _moments(
     if missing:
         raise CaloraError("reference", "the model that was compressed", f"one without {missing[0]}", "give that one")
     moments = input_second_moments(reference, calibration, {source: whole[source] for source in names})
-    for source, moment in progress(moments, "warm start", "layers", len(layers)):
+    for source, moment in progress(moments, title, "layers", len(layers)):
         yield names[source], moment
 
 
@@ -248,13 +260,15 @@ def weighted_error(
     return moment, weight, weight - dense_weight(layer, torch.float32)
 
 
-def _warm_start(bypass: Bypass, moment: Tensor, weight: Tensor, error: Tensor) -> tuple[dict[str, Tensor], list[float]]:
-    """The bypass's down and up (none where there is nothing to correct), and the error [before, after]."""
+def _warm_start(
+    rank: int, activation: str, moment: Tensor, weight: Tensor, error: Tensor
+) -> tuple[dict[str, Tensor], list[float]]:
+    """The bypass's down and up (none of rank 0, or where there is nothing to correct), and the error [before, after]."""
     before = relative(error, weight, moment)
-    if not bool(error.any()):  # a zero start in both factors could never learn
+    if rank == 0 or not bool(error.any()):  # a zero start in both factors could never learn
         return {}, [before, before]
-    p, q = best_linear_correction(error, moment, correction_rank(bypass.rank, bypass.activation))
-    down, up = linear_as_bypass(p, q, bypass.activation, bypass.rank)
+    p, q = best_linear_correction(error, moment, correction_rank(rank, activation))
+    down, up = linear_as_bypass(p, q, activation, rank)
     return {"down": down, "up": up}, [before, relative(error - (p @ q).T, weight, moment)]
 
 

@@ -9,6 +9,8 @@ D = [P, -P] and U = [Q; -Q] is exactly the linear map P Q, and stays trainable a
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -72,6 +74,12 @@ def spectrum(error: Tensor, moment: Tensor) -> Tensor:
         gram = weighted.T @ weighted
     values: Tensor = torch.linalg.eigvalsh(gram).flip(0)
     return values
+
+
+def weighted_size(weight: Tensor, moment: Tensor) -> float:
+    """||W X^T||_F, from X^T X [in, in]; at least 1e-30."""
+    square = float(((weight @ moment) * weight).sum())
+    return math.sqrt(max(square, 1e-60))
 
 
 def linear_as_bypass(p: Tensor, q: Tensor, activation: str, rank: int) -> tuple[Tensor, Tensor]:
