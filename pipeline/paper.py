@@ -22,7 +22,7 @@ from stages.tables import Table, interval
 Cell = tuple[bool, ...]
 PARTS = ("inherit", "recover", "distil")
 CELLS: dict[Cell, str] = {  # which of the three a method has
-    (False, False, False): "clm_lora_qk", (True, False, False): "only_inherit", (False, True, False): "only_recover",
+    (False, False, False): "clm_lora_same", (True, False, False): "only_inherit", (False, True, False): "only_recover",
     (False, False, True): "only_distil", (False, True, True): "no_inherit", (True, False, True): "no_recover",
     (True, True, False): "no_distil", (True, True, True): "calora",
 }  # fmt: skip
