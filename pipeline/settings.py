@@ -35,6 +35,7 @@ RecipeName = Annotated[Literal[RECIPES], WithJsonSchema({"type": "string", "enum
 MethodName = Annotated[Literal[METHODS], WithJsonSchema({"type": "string", "enum": list(METHODS)})]  # type: ignore[valid-type]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Weight = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
+Size = Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Activation = Literal["gelu", "relu", "silu", "identity"]
 
@@ -57,9 +58,7 @@ class Settings(BaseModel):
     alpha: Weight | Empty = Field(
         None, description="CA-LoRA: weight of the distance of the last hidden states, 0 to 1000."
     )
-    rank: Count | Empty = Field(
-        None, description="CA-LoRA: rank of the bypass; even for a non-linear one with a warm start."
-    )
+    budget: Size | Empty = Field(None, description="CA-LoRA: MB of the bypass on disk, above 0 to 1000.")
     lora_rank: Count | Empty = Field(None, description="Rank of the teacher's LoRA.")
     activation: Activation | Empty = Field(
         None, description="CA-LoRA: activation of the bypass; identity: a linear one."
@@ -79,7 +78,7 @@ PREFECT = {  # its state inside the project, nothing sent home
 }  # fmt: skip
 KEYS = {
     "tasks": "tasks", "recipes": "recipes", "methods": "compare", "alpha": "methods.calora.loss.alpha",
-    "rank": "methods.calora.start.bypass.rank", "activation": "methods.calora.start.bypass.activation",
+    "budget": "methods.calora.start.bypass.budget", "activation": "methods.calora.start.bypass.activation",
     "lora_rank": "teacher.rank", "steps": "train.steps", "seed": "seed",
 }  # fmt: skip
 

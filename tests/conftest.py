@@ -145,10 +145,12 @@ def make_project(folder: Path, kind: str = "llama", answers: bool = True) -> Pat
         }
     }  # fmt: skip
     params["compress"]["calibration"]["texts"] = 8
-    params["teacher"] |= {"rank": 4, "lora_alpha": 2, "top_k": 5}
+    params["teacher"] |= {"rank": 4, "lora_alpha": 2, "top_k": 5, "targets": ["q_proj", "k_proj"]}
     params["train"] |= {"steps": 6, "warmup": 1, "eval_every": 3, "batch_size": 4, "checkpoint_seconds": 0.001}
     ours = params["methods"]["calora"]["start"]
-    ours["bypass"]["rank"], ours["calibration_texts"] = 4, 12
+    ours["bypass"] |= {"rank": 4, "budget": None, "activation": "gelu", "format": "bf16"}
+    ours["calibration_texts"] = 12
+    params["methods"]["wide"]["start"]["bypass"]["rank"] = 4
     params["evaluate"] |= {"draws": 100}
     if kind == "t5":
         params["teacher"]["targets"] = ["q", "k"]

@@ -141,7 +141,7 @@ def test_the_small_run_changes_keys_that_there_are(tmp_path):
 def test_what_like_and_budget_name_is_filled_in():
     methods = resolve(load_params(ROOT / "params.yaml").methods)
     whole, paper = methods["calora"], methods["paper"]
-    assert paper["start"]["bypass"] == {**whole["start"]["bypass"], "start": "zero"}
+    assert paper["start"]["bypass"] == {**methods["wide"]["start"]["bypass"], "start": "zero"}
     assert paper["loss"] == {**whole["loss"], "kl": 0.0, "unlabelled_every": 0}
     assert methods["clm_lora"]["start"]["budget"] == whole["start"]
     assert methods["clm"] == {"start": {**whole["start"], "lora": "none", "bypass": None}, "loss": None}

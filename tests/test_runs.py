@@ -57,7 +57,7 @@ def test_empty_fields_change_nothing_and_filled_ones_their_keys():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("alpha", -1), ("alpha", float("nan")), ("alpha", "high"), ("rank", 0), ("steps", 1.5), ("recipes", ["q9"]),
+    [("alpha", -1), ("alpha", float("nan")), ("alpha", "high"), ("budget", 0), ("steps", 1.5), ("recipes", ["q9"]),
      ("activation", "tanh"), ("methods", ["maybe"]), ("seed", -1), ("no_such_field", 1)],
 )  # fmt: skip
 def test_impossible_values_are_refused_by_name(field, value):

@@ -32,7 +32,7 @@ FIRST = (
 )  # fmt: skip
 LAST = (("evaluate", "toy", "q8_up"), ("report",))
 OF_METHODS = ("inherit", "distill", "score")
-COMPARED = ["clm", "clm_inherited", "clm_lora", "clm_lora_qk", "calora"]
+COMPARED = ["clm", "clm_inherited", "clm_lora", "clm_lora_same", "calora"]
 
 
 def calibration_texts(folder: Path) -> None:
@@ -75,7 +75,7 @@ def test_every_stage_for_other_families_and_generated_answers(tmp_path, kind, an
         "clm",
         "clm_inherited",
         "clm_lora",
-        "clm_lora_qk",
+        "clm_lora_same",
         "clm_calora",
         "clm_paper",
         "clm_calora_scales",
@@ -88,7 +88,7 @@ def test_results_hold_the_interface(project):
     metrics = json.loads((project / "results/toy/q8_up/metrics.json").read_text())
     methods = metrics["methods"]
     assert set(methods) == {
-        "llm", "llm_lora", "small_lora", "clm", "clm_inherited", "clm_lora", "clm_lora_qk", "clm_calora",
+        "llm", "llm_lora", "small_lora", "clm", "clm_inherited", "clm_lora", "clm_lora_same", "clm_calora",
     }  # fmt: skip
     for method in methods.values():
         assert {"accuracy", "ci", "bytes_on_disk", "trainable_parameters"} <= set(method)
