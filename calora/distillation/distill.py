@@ -11,7 +11,7 @@ from peft import LoraConfig
 from torch import nn
 from transformers import PreTrainedModel
 
-from calora.adapters.lora import Adapter, attach_adapter, inject, lora_state, set_active, take_adapter
+from calora.adapters.lora import Adapter, attach_adapter, inject, lora_state, set_active, sides_of, take_adapter
 from calora.common.batching import epoch_batches
 from calora.common.parallel import place, share, weight
 from calora.distillation.loss import Weights, loss_of, task_loss
@@ -111,8 +111,10 @@ def distill(
         The adapter with the best validation score, and the curves.
 
     Raises:
-        CaloraError: there are neither labelled texts nor unlabelled ones that the loss looks at.
+        CaloraError: there are neither labelled texts nor unlabelled ones that the loss looks at, or the model is packed.
     """
+    if sides_of(model):
+        raise CaloraError("distill", "the dense view of a model", "packed layers", "open it with dense=True")
     every = weights.unlabelled_every if unlabelled and weights.needs_teacher else 0
     if labelled is None and not every:
         expected = "labelled texts, or unlabelled ones and a loss that looks at the teacher there"

@@ -133,6 +133,8 @@ def prepared(layer: nn.Module) -> bool:
     """Whether a layer was brought into the form that a CPU computes with, which is not the stored one."""
     if isinstance(layer, Experts):
         return layer.choice is not None
+    if isinstance(layer, SharedRecovery):
+        return layer.unpacked
     return isinstance(layer, ExpertLinear) or bool(getattr(layer, "kernel", None))
 
 
