@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from calora.adapters.folder import read_adapter
@@ -21,8 +22,12 @@ from calora.evaluation.predict import predict
 from calora.layers.layout import build, prepared
 from calora.layers.onetoken import OneToken
 from calora.layers.precision import compute_in
+from calora.models.anatomy import linear_layers
 from calora.models.loading import attention_of, compute_dtype, load_tokenizer, model_class
+from calora.models.moments import read_together
 from calora.models.tasks import Task, encode_all, positions
+from calora.recovery.beside import Sides
+from calora.recovery.shared import unpack
 from calora.saving import KEPT, REPORT, VERSION, WEIGHTS
 
 GENERATION = "generation_config.json"
@@ -101,7 +106,15 @@ class Compressed(OneToken, PreTrainedModel):
         examples = encode_all(task, self.calora_tokenizer, rows, positions(self.config))
         return predict(self, task, self.calora_tokenizer, examples, batch_size).answers
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Compressed:
+        """Move, or change the dtype."""
+        moved: Compressed = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.calora_sides is not None:
+            self.calora_sides.apply(fn)
+        return moved
+
     calora_active: str | None = None
+    calora_sides: Sides | None = None  # what is beside the layers of a packed model; on the dense view PEFT has it
 
 
 def load(
@@ -156,6 +169,9 @@ def load(
     if (directory / GENERATION).exists():
         model.generation_config = _generation(directory)
     loaded: Compressed = model.to(device).eval().requires_grad_(False)
+    if not dense:
+        unpack(loaded, compute)
+        loaded.calora_sides = Sides(linear_layers(loaded), read_together(loaded))
     return loaded
 
 

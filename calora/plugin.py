@@ -15,6 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from calora.formats import OURS
 from calora.layers.layout import build, prepare
+from calora.recovery.shared import read_once, unpack
 
 INITIALISED = "_is_hf_initialized"
 
@@ -55,7 +56,9 @@ class CaloraQuantizer(HfQuantizer):
         _tie(model, self.quantization_config.tied)  # an int4 head is prepared from the table's tensors,
         if model.device.type == "cpu":
             prepare(model)
+            unpack(model, model.dtype)
         _tie(model, self.quantization_config.tied)  # and an int8 one is a parameter of its own after that
+        read_once(model)
 
     def is_serializable(self) -> bool:
         """The form that computes is not the stored one."""

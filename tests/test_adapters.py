@@ -91,7 +91,10 @@ def test_an_adapter_of_any_parts_goes_to_disk_and_back(base, tmp_path, parts):
     model.load_adapter(folder, "toy")
     assert torch.equal(logits(model), before) == (not lora and not bypass)
     assert model.answer(["a good film"]) in (["positive"], ["negative"])
-    taken = take_adapter(model, read.config, read.meta, "toy")
+    dense = calora.load(base, dense=True)
+    dense.load_adapter(folder, "toy")
+    torch.testing.assert_close(logits(dense), logits(model), rtol=1e-5, atol=1e-5)  # PEFT's modules against one product
+    taken = take_adapter(dense, read.config, read.meta, "toy")
     for ours, theirs in ((taken.lora, made.lora), (taken.recovery, made.recovery)):
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], value) for key, value in theirs.items())
     linear = some(base, lora=lora, bypass=bypass, activation="identity")
@@ -328,7 +331,7 @@ def test_the_same_adapter_gives_the_same_bytes(base, tmp_path):
 
 def test_a_lora_is_read_off_whatever_stands_beside_it(base):
     """PEFT tells adapters apart by a part of a tensor's name."""
-    model, adapter = calora.load(base), some(base, bypass=False)
+    model, adapter = calora.load(base, dense=True), some(base, bypass=False)
     attach_adapter(model, adapter, "one")
     attach_adapter(model, some(base, bypass=False, seed=3), "two")
     assert all(torch.equal(lora_state(model, "one")[key], value) for key, value in adapter.lora.items())

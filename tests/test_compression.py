@@ -329,12 +329,14 @@ def test_recipe_round_trip(tmp_path, calibration, kind, name):
         torch.testing.assert_close(packed(**inputs).logits, expected, rtol=3e-2, atol=3e-2)
         torch.testing.assert_close(plain(**inputs).logits, expected, rtol=3e-2, atol=3e-2)
         adapter = some_adapter(dense)
+        if any("moefy" in step for step in RECIPES[name]):  # in bf16 a rounding may choose other experts
+            packed, dense = load(out, dtype=torch.float32), load(out, dense=True, dtype=torch.float32)
         for each in (packed, dense):
             attach_adapter(each, adapter, "a")
             set_active(each, "a")
         adapted = dense(**inputs).logits
         torch.testing.assert_close(packed(**inputs).logits, adapted, rtol=3e-2, atol=3e-2)
-        assert not torch.allclose(adapted, expected, rtol=3e-2, atol=3e-2)
+        assert not torch.allclose(adapted, expected.to(adapted.dtype), rtol=3e-2, atol=3e-2)
     method = getattr(plain.config, "quantization_config", None)
     assert (method and str(getattr(method.quant_method, "value", method.quant_method))) == METHODS.get(
         (name, kind), "calora"

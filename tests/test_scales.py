@@ -237,7 +237,7 @@ def test_from_pretrained_takes_them(bases, tmp_path, recipe):
     for model in (theirs, ours):
         attach_adapter(model, adapter, "toy")
         set_active(model, "toy")
-    assert torch.equal(logits(theirs), logits(ours))
+    torch.testing.assert_close(logits(theirs), logits(ours), rtol=2e-2, atol=2e-2)  # bf16, summed in another order
 
 
 def test_bypasses_and_scales_are_in_the_dtype_of_the_base_whatever_is_on_it(bases):
@@ -245,10 +245,11 @@ def test_bypasses_and_scales_are_in_the_dtype_of_the_base_whatever_is_on_it(base
     model = load(bases["int8"])
     attach_adapter(model, some(bases["int8"], lora="inherited", scales=False), "one")
     attach_adapter(model, some(bases["int8"], **BOTH), "two")
-    kinds = {
-        key: tensor.dtype for key, tensor in model.state_dict().items() if ".recovery." in key or ".scales." in key
-    }
-    assert len(kinds) == 2 * 2 * 2 + 14 and set(kinds.values()) == {torch.bfloat16}
+    kinds = [tensor.dtype for key, tensor in model.state_dict().items() if ".scales." in key]
+    parts = [
+        part.down.dtype for layers in model.calora_sides.adapters.values() for own in layers.values() for part in own
+    ]
+    assert len(kinds) == 14 and len(parts) > 4 and {*kinds, *parts} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("recipe", ["int8", "int4"])
@@ -387,5 +388,5 @@ def test_the_same_run_gives_the_same_scales(bases):
 
 
 def test_scales_are_not_trained_on_packed_layers(bases):
-    with pytest.raises(CaloraError, match="distill: expected the dense view of the model, for scales"):
+    with pytest.raises(CaloraError, match="distill: expected the dense view of a model, found packed layers"):
         trained(bases["int4"], dense=False)

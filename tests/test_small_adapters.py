@@ -1,6 +1,7 @@
 """The recovery part in 8 and 4 bits: how far it is rounded, what it weighs, and that a spoilt one is refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -144,10 +145,10 @@ def test_plain_peft_loads_the_lora(base, tmp_path):
     written(base, tmp_path / "toy", "int4")
     with pytest.warns(UserWarning, match="calora"):
         theirs = PeftModel.from_pretrained(calora.load(base), tmp_path / "toy", autocast_adapter_dtype=False)
-    ours = calora.load(base)
-    ours.load_adapter(tmp_path / "toy", "toy")
-    calora.recovery.bypass.activate(ours, None)
-    assert torch.equal(logits(theirs), logits(ours))
+    ours, read = calora.load(base), read_adapter(tmp_path / "toy")
+    attach_adapter(ours, replace(read, recovery={}), "toy")
+    set_active(ours, "toy")
+    torch.testing.assert_close(logits(theirs), logits(ours), rtol=2e-2, atol=2e-2)  # bf16: one sum instead of two
 
 
 KEY = "model.layers.0.self_attn.q_proj.down"

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from peft import PeftModel
 import calora
 from calora.adapters.fold import fold
 from calora.adapters.folder import read_adapter, write_adapter
-from calora.adapters.lora import Adapter, set_active
+from calora.adapters.lora import Adapter, attach_adapter, set_active
 from calora.common.versions import versions
 from calora.errors import CaloraError
 from calora.models.families import family_of
@@ -240,9 +241,10 @@ def test_plain_peft_loads_the_lora_and_warns(project):
         PeftModel.from_pretrained(model, project / "models/calora/toy/q8_up", autocast_adapter_dtype=False)
     assert any("calora" in str(w.message) for w in caught)
     ours = calora.load(project / "models/compressed/q8_up")
-    ours.load_adapter(project / "models/calora/toy/q8_up", "toy")
-    calora.recovery.bypass.activate(ours, None)
-    assert torch.equal(logits_of(model), logits_of(ours))
+    adapter = read_adapter(project / "models/calora/toy/q8_up")
+    attach_adapter(ours, replace(adapter, recovery={}), "toy")
+    set_active(ours, "toy")
+    torch.testing.assert_close(logits_of(model), logits_of(ours), rtol=2e-2, atol=2e-2)  # bf16: one sum instead of two
 
 
 def test_linear_bypass_folds_into_the_lora_exactly(project, tmp_path):
@@ -254,7 +256,7 @@ def test_linear_bypass_folds_into_the_lora_exactly(project, tmp_path):
         adapter.config, {k: v.float() for k, v in adapter.lora.items()},
         {k: v.float() for k, v in adapter.recovery.items()}, adapter.meta,
     )  # fmt: skip
-    calora.adapters.lora.attach_adapter(whole, whole_state, "a")
+    attach_adapter(whole, whole_state, "a")
     set_active(whole, "a")
     plain = PeftModel.from_pretrained(load_model(project / "models/base", torch.float32), tmp_path / "folded")
     torch.testing.assert_close(logits_of(plain.get_base_model()), logits_of(whole), rtol=1e-4, atol=1e-5)

@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from peft.tuners.lora import LoraModel
-from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -27,6 +25,7 @@ from calora.adapters.lora import (
     lora_scale,
     lora_state,
     plain_config,
+    targeted,
 )
 from calora.common.files import read_json
 from calora.common.tensors import read_tensors
@@ -103,25 +102,6 @@ def _from_the_base(
         f"{layer}.lora_A.weight": torch.cat([a, first["copy.lora_A.weight"]]),
         f"{layer}.lora_B.weight": torch.cat([b, -first["copy.lora_B.weight"]], dim=1),
     }
-
-
-def targeted(model: PreTrainedModel, config: LoraConfig) -> set[str]:
-    """The modules that PEFT would put a LoRA of this configuration on, by name."""
-    targets: Any = config.target_modules
-    if targets is None:
-        targets = LoraModel.target_module_mapping.get(model.config.model_type)
-    if targets is None:
-        return set()
-    if isinstance(targets, str) and targets.lower() == "all-linear":
-        targets = list(linear_layers(model))
-    own = LoraConfig(
-        target_modules=targets,
-        exclude_modules=config.exclude_modules,
-        layers_to_transform=config.layers_to_transform,
-        layers_pattern=config.layers_pattern,
-    )
-    names = {name.replace(".base_layer", "") for name, _ in model.named_modules() if name and ".lora_" not in name}
-    return {name for name in names if check_target_module_exists(own, name)}
 
 
 def _targeted(path: Path, model: PreTrainedModel, config: LoraConfig) -> set[str]:

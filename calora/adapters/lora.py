@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer, delete_adapter
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists, delete_adapter
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -29,6 +29,7 @@ from calora.adapters.scales import (
 )
 from calora.errors import CaloraError
 from calora.models.anatomy import linear_layers
+from calora.recovery.beside import Part, Sides
 from calora.recovery.bypass import Bypasses, RecoveryBypass, activate, attach, bypasses_of, detach, recovery_state
 
 Rank = int | Mapping[str, int]  # of every layer, or by layer: then a layer that is not named gets none
@@ -147,6 +148,25 @@ def ranks_of(rank: Rank, layers: Iterable[str]) -> dict[str, int]:
     return dict.fromkeys(layers, rank) if isinstance(rank, int) else dict(rank)
 
 
+def targeted(model: PreTrainedModel, config: LoraConfig) -> set[str]:
+    """The modules that PEFT would put a LoRA of this configuration on, by name."""
+    targets: Any = config.target_modules
+    if targets is None:
+        targets = LoraModel.target_module_mapping.get(model.config.model_type)
+    if targets is None:
+        return set()
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        targets = list(linear_layers(model))
+    own = LoraConfig(
+        target_modules=targets,
+        exclude_modules=config.exclude_modules,
+        layers_to_transform=config.layers_to_transform,
+        layers_pattern=config.layers_pattern,
+    )
+    names = {name.replace(".base_layer", "") for name, _ in model.named_modules() if name and ".lora_" not in name}
+    return {name for name in names if check_target_module_exists(own, name)}
+
+
 def check_targets(model: PreTrainedModel, targets: Sequence[str], rank: Rank) -> dict[str, nn.Linear]:
     """The linear layers whose names end in one of `targets`.
 
@@ -190,6 +210,8 @@ def inject(model: nn.Module, config: LoraConfig, name: str = "default", fresh: b
 def attach_adapter(model: PreTrainedModel, adapter: Adapter, name: str) -> None:
     """Add an adapter's LoRA, bypasses and scales to `model` in place, strictly by name; the model is in eval mode then.
 
+    On a packed model that `calora.load` opened they are plain tensors (`calora.recovery.beside`), else PEFT's modules and hooks.
+
     Raises:
         CaloraError: the name is taken or unfit, or a tensor fits no layer; the model is as it was before.
     """
@@ -200,10 +222,11 @@ def attach_adapter(model: PreTrainedModel, adapter: Adapter, name: str) -> None:
     check_scales(f"adapter {name}", adapter, layers)
     device, dtype = model.device, dtype_of(model)
     try:
-        if adapter.config is not None:
-            _attach_lora(model, adapter.config, adapter.lora, name)
-        for layer, bypass in bypasses.items():
-            attach(layers[layer], name, bypass.to(device, dtype))
+        if sides := sides_of(model):
+            check_named(f"adapter {name}", adapter, model)
+            sides.adapters[name] = parts_of(adapter, device, dtype)
+        else:
+            _attach_modules(model, adapter, bypasses, name, dtype)
         for key, ratio in adapter.scales.items():
             attach_scales(layers[key.removesuffix(PART)], name, ratio.to(device, dtype))
     except BaseException:
@@ -219,6 +242,16 @@ def dtype_of(model: nn.Module) -> torch.dtype:
         for name, parameter in model.named_parameters()
         if parameter.is_floating_point() and not any(part in name for part in ADAPTED)
     )
+
+
+def _attach_modules(
+    model: PreTrainedModel, adapter: Adapter, bypasses: Mapping[str, RecoveryBypass], name: str, dtype: torch.dtype
+) -> None:
+    layers = linear_layers(model)
+    if adapter.config is not None:
+        _attach_lora(model, adapter.config, adapter.lora, name)
+    for layer, bypass in bypasses.items():
+        attach(layers[layer], name, bypass.to(model.device, dtype))
 
 
 def _attach_lora(model: PreTrainedModel, config: LoraConfig, lora: dict[str, Tensor], name: str) -> None:
@@ -248,6 +281,33 @@ def detach_adapter(model: PreTrainedModel, name: str) -> None:
             del model.peft_config
     detach(model, name)
     detach_scales(model, name)
+    if sides := sides_of(model):
+        sides.remove(name)
+
+
+def sides_of(model: nn.Module) -> Sides | None:
+    """What is beside the layers of a packed model that `calora.load` opened."""
+    found: Sides | None = getattr(model, "calora_sides", None)
+    return found
+
+
+def parts_of(adapter: Adapter, device: torch.device, dtype: torch.dtype) -> dict[str, list[Part]]:
+    """Layer -> its LoRA, s B A x as x -> (x A^T) (s B^T), and its bypass."""
+    parts: dict[str, list[Part]] = {}
+
+    def add(layer: str, down: Tensor, up: Tensor, activation: str) -> None:
+        """A^T or D [in, k], s B^T or U [k, out]."""
+        down, up = (tensor.to(device, dtype).contiguous() for tensor in (down.T, up))
+        parts.setdefault(layer, []).append(Part(down, {layer: up}, activation))
+
+    if adapter.config is not None:
+        for layer in adapter.lora_layers:
+            a, b = (adapter.lora[f"{layer}.lora_{side}.weight"] for side in "AB")
+            add(layer, a.T, b.T.double() * lora_scale(adapter.config, layer), "identity")
+    for layer in adapter.bypass_layers:
+        down, up = (adapter.recovery[f"{layer}.{part}"] for part in ("down", "up"))
+        add(layer, down, up, adapter.meta["activation"])
+    return parts
 
 
 def check_name(model: nn.Module, name: str) -> None:
@@ -285,6 +345,15 @@ def check_lora(where: object, adapter: Adapter, layers: Mapping[str, nn.Linear])
         if have != want:
             expected, found = (f"lora_A {a} and lora_B {b}" for a, b in (want, have))
             raise CaloraError(f"{where}, layer {layer}", expected, found, OWN_BASE)
+
+
+def check_named(where: object, adapter: Adapter, model: PreTrainedModel) -> None:
+    """Raise `CaloraError` unless the LoRA tensors are those of the layers that the configuration names."""
+    named = set() if adapter.config is None else targeted(model, adapter.config)
+    wanted = {f"{layer}.lora_{side}.weight" for layer in named for side in "AB"}
+    wrong = sorted(wanted ^ adapter.lora.keys())
+    if wrong:
+        raise CaloraError(where, "tensors for the layers that its target_modules name", wrong[0], OWN_BASE)
 
 
 def _bypasses(where: object, adapter: Adapter, layers: Mapping[str, nn.Linear]) -> dict[str, RecoveryBypass]:
@@ -334,6 +403,8 @@ def set_active(model: PreTrainedModel, name: str | None) -> None:
                 module.set_adapter(name, inference_mode=True)
     activate(model, name)
     activate_scales(model, name)
+    if sides := sides_of(model):
+        sides.use(name)
 
 
 def lora_alone(model: PreTrainedModel) -> None:

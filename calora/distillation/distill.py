@@ -19,6 +19,7 @@ from calora.adapters.lora import (
     inject,
     lora_state,
     set_active,
+    sides_of,
     take_adapter,
 )
 from calora.adapters.scales import scales_of
@@ -121,9 +122,10 @@ def distill(
         The adapter with the best validation score, and the curves.
 
     Raises:
-        CaloraError: there are neither labelled texts nor unlabelled ones that the loss looks at, or the adapter has
-            scales and the model is no dense view.
+        CaloraError: there are neither labelled texts nor unlabelled ones that the loss looks at, or the model is packed.
     """
+    if sides_of(model):
+        raise CaloraError("distill", "the dense view of a model", "packed layers", "open it with dense=True")
     every = weights.unlabelled_every if unlabelled and weights.needs_teacher else 0
     if labelled is None and not every:
         expected = "labelled texts, or unlabelled ones and a loss that looks at the teacher there"

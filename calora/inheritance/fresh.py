@@ -10,8 +10,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from calora.adapters.foreign import targeted
-from calora.adapters.lora import Adapter, lora_rank, lora_scale, plain_config
+from calora.adapters.lora import Adapter, lora_rank, lora_scale, plain_config, targeted
 from calora.adapters.scales import PART, on_grid
 from calora.errors import CaloraError
 from calora.models.anatomy import linear_layers

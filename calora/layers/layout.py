@@ -134,6 +134,8 @@ def prepared(layer: nn.Module) -> bool:
     """Whether a layer computes with what is not its stored form: that of a CPU, or the scales of a task."""
     if isinstance(layer, Experts):
         return layer.choice is not None
+    if isinstance(layer, SharedRecovery):
+        return layer.unpacked
     exchanged = isinstance(layer, PackedLinear) and layer.exchanged is not None
     return exchanged or isinstance(layer, ExpertLinear) or bool(getattr(layer, "kernel", None))
 

@@ -88,8 +88,9 @@ class Nf4Linear(nn.Linear):
                 self.in_features, self.out_features, self.bias is not None, compute_dtype=self.dtype,
                 compress_statistics=True, quant_type="nf4", quant_storage=self.dtype,
             )  # fmt: skip
-        # Its fast CPU kernel reshapes by blocks of 64 inputs and fails where a row does not hold whole ones.
-        kernel.support_avx512bf16_for_cpu = kernel.support_avx512bf16_for_cpu and self.in_features % 64 == 0
+        # Its fast CPU kernel computes in bf16, and reshapes by blocks of 64 inputs: it fails where a row holds no whole ones.
+        fits = self.dtype == torch.bfloat16 and self.in_features % 64 == 0
+        kernel.support_avx512bf16_for_cpu = kernel.support_avx512bf16_for_cpu and fits
         kernel.weight = bnb.nn.Params4bit.from_prequantized(
             data=self.weight.detach(), quantized_stats=self.statistics(), requires_grad=False,
             device=str(self.weight.device), module=kernel,

@@ -1,4 +1,4 @@
-"""Statistics of the inputs of linear layers over calibration examples."""
+"""The inputs of linear layers: statistics over calibration examples, and which layers read the same one."""
 
 from __future__ import annotations
 
@@ -45,6 +45,33 @@ def input_second_moments(
             group = {}
     if group:
         yield from _accumulate(model, examples, group, lambda x: x.T @ x, "input covariance").items()
+
+
+def read_together(model: PreTrainedModel) -> list[list[str]]:
+    """The linear layers of the blocks, by name, those that read the same tensor together, as a pass over two tokens has it."""
+    layers = linear_layers(model)
+    kept: list[Tensor] = []  # the id of a tensor that has gone may be another's
+    read: dict[str, int] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            kept.append(args[0])
+            read.setdefault(name, id(args[0]))
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
+    try:
+        with torch.no_grad():
+            family = family_of(model)
+            family.forward(model, family.collate([as_read(model, Example([0, 0]))], model), torch.tensor([0]))
+    finally:
+        for handle in handles:
+            handle.remove()
+    groups: dict[int, list[str]] = {}
+    for name, layer in layers.items():
+        groups.setdefault(read.get(name, id(layer)), []).append(name)
+    return list(groups.values())
 
 
 def _accumulate(

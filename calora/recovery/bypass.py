@@ -55,24 +55,35 @@ class RecoveryBypass(nn.Module):
         return recovered.to(x.dtype)
 
     def beside(self, output: Tensor, x: Tensor) -> Tensor:
-        """output + R(x), the sum taken within the last product; in place where no gradient is kept."""
-        if not x.dtype == output.dtype == self.down.dtype:
-            recovered: Tensor = self(x)
-            return output + recovered
-        sigma, keeps_gradient = ACTIVATIONS[self.activation], torch.is_grad_enabled()
-        if (
-            x.numel() == self.down.shape[0]
-        ):  # one token: a product with a vector is several times faster than with a row
-            hidden, flat, up = sigma(torch.mv(self.down.T, x.reshape(-1))), output.reshape(-1), self.up.T
-            out = torch.addmv(flat, up, hidden) if keeps_gradient else flat.addmv_(up, hidden)
-        else:
-            hidden, flat = sigma(x.reshape(-1, self.down.shape[0]) @ self.down), output.reshape(-1, self.up.shape[1])
-            out = torch.addmm(flat, hidden, self.up) if keeps_gradient else flat.addmm_(hidden, self.up)
-        return out.view(output.shape)
+        """output + R(x), the sum taken within the last product."""
+        x, width = x.to(self.down.dtype), self.down.shape[0]
+        # one token: a product with a vector is several times faster than with a row
+        read = torch.mv(self.down.T, x.reshape(-1)) if x.numel() == width else x.reshape(-1, width) @ self.down
+        return plus_product(output, ACTIVATIONS[self.activation](read), self.up)
 
     def extra_repr(self) -> str:
         """Shapes, as `print(model)` shows them."""
         return f"{self.down.shape[0]} -> {self.down.shape[1]} -> {self.up.shape[1]}, {self.activation}"
+
+
+def plus_product(output: Tensor, hidden: Tensor, up: Tensor) -> Tensor:
+    """output + hidden U, the sum taken within the product; in place where no gradient is kept.
+
+    Args:
+        output: [..., out].
+        hidden: [n, k], or [k] of one token.
+        up: U [k, out].
+    """
+    if output.dtype != hidden.dtype:
+        return output + (hidden @ up).to(output.dtype).view(output.shape)
+    keeps_gradient = torch.is_grad_enabled()
+    if hidden.dim() == 1:
+        flat = output.reshape(-1)
+        out = torch.addmv(flat, up.T, hidden) if keeps_gradient else flat.addmv_(up.T, hidden)
+    else:
+        flat = output.reshape(-1, up.shape[1])
+        out = torch.addmm(flat, hidden, up) if keeps_gradient else flat.addmm_(hidden, up)
+    return out.view(output.shape)
 
 
 class Bypasses(nn.ModuleDict):

@@ -8,13 +8,14 @@ each output. Layers that read one input share D, and compute x D^T once.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 CHILD = "base_recovery"  # under this name a linear layer holds it
 FORMATS = ("native", "int8")
@@ -81,25 +82,32 @@ class SharedRecovery(nn.Module):
     inputs: Tensor | None
     outputs: Tensor | None
     reading: Reading | None = None
+    hook: RemovableHandle
+    unpacked = False  # whether its tensors are those that it computes with, not the stored ones
 
     def __init__(self, factors: Factors | None = None, name: str = "") -> None:
         super().__init__()
+        self.restore({"inputs": None, "outputs": None})
         if factors is not None:
-            tensors = {"down": factors.down, "up": factors.up[name], "inputs": factors.inputs}
-            self.restore({key: value for key, value in tensors.items() if value is not None})
-            self.restore({"outputs": factors.outputs[name]} if factors.outputs else {})
+            self.restore({"down": factors.down, "up": factors.up[name]})
+            self.restore({"inputs": factors.inputs, "outputs": factors.outputs.get(name)})
 
-    def restore(self, tensors: dict[str, Tensor]) -> SharedRecovery:
+    def restore(self, tensors: Mapping[str, Tensor | None]) -> SharedRecovery:
         """Take stored tensors, as `state_dict` gives them."""
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
         return self
 
+    def values(self) -> tuple[Tensor, Tensor]:
+        """D [k, in] and U [out, k] in fp32."""
+        down, up = self.down.float(), self.up.float()
+        if self.inputs is None or self.outputs is None:
+            return down, up
+        return down * self.inputs.float(), up * self.outputs.float().unsqueeze(1)
+
     def weight(self) -> Tensor:
         """What L adds to the layer's weight, fp32 [out, in]."""
-        down, up = self.down.float(), self.up.float()
-        if "inputs" in self._buffers:
-            down, up = down * self.inputs.float(), up * self.outputs.float().unsqueeze(1)  # type: ignore[union-attr]
+        down, up = self.values()
         return up @ down
 
     def hidden(self, x: Tensor) -> Tensor:
@@ -156,7 +164,7 @@ def _add(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
 def attach_shared(layer: nn.Module, recovery: SharedRecovery) -> None:
     """From now on layer(x) is its own output + L(x)."""
     layer.add_module(CHILD, recovery)
-    layer.register_forward_hook(_add)
+    recovery.hook = layer.register_forward_hook(_add)
 
 
 def shared_of(layer: nn.Module) -> SharedRecovery | None:
@@ -166,19 +174,28 @@ def shared_of(layer: nn.Module) -> SharedRecovery | None:
     return recovery
 
 
-def recoveries(model: nn.Module) -> Iterator[SharedRecovery]:
-    """All of a model."""
+def by_down(model: nn.Module) -> list[list[SharedRecovery]]:
+    """All of a model, those that share D together."""
+    groups: dict[int, list[SharedRecovery]] = {}
     for module in model.modules():
         if isinstance(module, SharedRecovery):
-            yield module
+            groups.setdefault(module.down.data_ptr(), []).append(module)
+    return list(groups.values())
 
 
 def read_once(model: nn.Module) -> None:
     """Let the layers that share D compute its product once."""
-    groups: dict[int, list[SharedRecovery]] = {}
-    for recovery in recoveries(model):
-        groups.setdefault(recovery.down.data_ptr(), []).append(recovery)
-    for group in groups.values():
+    for group in by_down(model):
         reading = Reading() if len(group) > 1 else None
         for recovery in group:
             recovery.reading = reading
+
+
+def unpack(model: nn.Module, dtype: torch.dtype) -> None:
+    """Bring all factors into the dtype to compute in, for good: codes would be converted in each call."""
+    for group in by_down(model):
+        down = group[0].values()[0].to(dtype)
+        for recovery in group:
+            _, up = recovery.values()
+            recovery.restore({"down": down, "up": up.to(dtype), "inputs": None, "outputs": None})
+            recovery.unpacked = True
