@@ -95,11 +95,16 @@ class SharedRecovery(nn.Module):
             self.register_buffer(name, tensor)
         return self
 
-    def weight(self) -> Tensor:
-        """What L adds to the layer's weight, fp32 [out, in]."""
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """D [k, in] and U [out, k] with their scales, fp32."""
         down, up = self.down.float(), self.up.float()
         if "inputs" in self._buffers:
             down, up = down * self.inputs.float(), up * self.outputs.float().unsqueeze(1)  # type: ignore[union-attr]
+        return down, up
+
+    def weight(self) -> Tensor:
+        """What L adds to the layer's weight, fp32 [out, in]."""
+        down, up = self.factors()
         return up @ down
 
     def hidden(self, x: Tensor) -> Tensor:
