@@ -18,7 +18,7 @@ from calora.compression.walk import Calibration
 from calora.errors import CaloraError
 from calora.models.loading import compute_dtype, load_model, load_tokenizer
 from calora.saving import save
-from stages.common import BASE, CHECKPOINTS, compressed, results, run
+from stages.common import BASE, CHECKPOINTS, TUNING, compressed, results, run
 from stages.config import Params
 from stages.splits import read_calibration
 
@@ -26,7 +26,10 @@ CODE = ("compression", "layers", "models", "recovery")  # rooms of calora that d
 
 
 def main(params: Params, recipe: str) -> None:
-    """One compressed base, which serves every task; a killed run goes on after the last finished block."""
+    """One compressed base, which serves every task; a killed run goes on after the last finished block.
+
+    A killed tuning starts anew.
+    """
     try:
         _compress(params.compressions[recipe], recipe)
     except CaloraError as error:
@@ -36,12 +39,15 @@ def main(params: Params, recipe: str) -> None:
 
 def _compress(steps: list[dict[str, dict[str, object]]], recipe: str) -> None:
     check_recipe(steps)
-    examples = read_calibration(load_tokenizer(BASE))
+    tokenizer = load_tokenizer(BASE)
+    examples = read_calibration(tokenizer)
+    tuned = any((options or {}).get("tune") for step in steps for options in step.values())
+    tuning = read_calibration(tokenizer, TUNING) if tuned else []
     parts = (steps, fingerprint(BASE), fingerprint_of(examples), code_digest(), compute_dtype())
     unfinished = CHECKPOINTS / compressed(recipe)
     key = hashlib.sha256(repr(parts).encode()).hexdigest()
     model = load_model(BASE, torch.bfloat16)
-    report = compress(model, steps, Calibration(examples, unfinished / key), compute_dtype())
+    report = compress(model, steps, Calibration(examples, unfinished / key, tuning), compute_dtype())
     save(model, report, compressed(recipe), BASE)
     write_json(results("compress", f"{recipe}.json"), {"seconds": report.seconds})
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -49,6 +55,9 @@ def _compress(steps: list[dict[str, dict[str, object]]], recipe: str) -> None:
     print(f"{recipe}: {before / 1e6:.1f} MB -> {after / 1e6:.1f} MB ({after / before:.3f})")
     print(", ".join(f"{what} {seconds:.0f} s" for what, seconds in report.seconds.items()))
     print(f"relative error of a block's output at most {max(report.blocks.values()):.3f}")
+    if report.tuned:
+        before, after = report.tuned["divergence"]
+        print(f"divergence from the base before the recovery was tuned {before:.3f}, after {after:.3f}")
 
 
 def code_digest() -> str:

@@ -273,6 +273,7 @@ class Calibration(Section):
     """The sample of unlabelled texts that compression looks at."""
 
     texts: Positive
+    tuning: Annotated[int, Field(ge=0)]
     prompts: Annotated[float, Field(ge=0, le=1)]
     seed: int
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from calora.common.files import read_json
@@ -22,6 +23,6 @@ def read_split(name: str, split: str) -> list[dict[str, Any]]:
     return read_rows(path, f"run `dvc repro download@{name}`")
 
 
-def read_calibration(tokenizer: Any) -> list[Example]:
-    """The texts that compression is fitted to."""
-    return [Example(tokenizer(row["text"]).input_ids) for row in read_rows(CALIBRATION, "run `dvc repro calibration`")]
+def read_calibration(tokenizer: Any, path: Path = CALIBRATION) -> list[Example]:
+    """The texts that compression is fitted to, or those of TUNING."""
+    return [Example(tokenizer(row["text"]).input_ids) for row in read_rows(path, "run `dvc repro calibration`")]

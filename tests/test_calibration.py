@@ -25,7 +25,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pools = {name: [{"text": f"{name} film {i}", "label": None} for i in range(20)] for name in SETS}
     monkeypatch.setattr(calibration, "split_pools", lambda params, source, task: {"train": pools[task.name]})
-    change(tmp_path, "compress.calibration", {"texts": 30, "prompts": 0.0, "seed": 0})
+    change(tmp_path, "compress.calibration", {"texts": 30, "tuning": 20, "prompts": 0.0, "seed": 0})
     return tmp_path
 
 
@@ -57,6 +57,21 @@ def test_which_texts_they_are_does_not_depend_on_the_share(folder):
     assert len(set(raw)) == 30 and all([bare(text) for text in sampled(share)] == raw for share in (0.25, 1))
 
 
+def test_tuning_texts_are_of_the_same_kind_and_no_calibration_texts(folder):
+    texts = sampled(0.5)
+    tuning = [json.loads(line)["text"] for line in Path("data/calibration/tuning.jsonl").read_text().splitlines()]
+    assert len(tuning) == 20 and sum(text != bare(text) for text in tuning) == 10
+    assert [sum(f"{name} film" in text for text in tuning) for name in SETS] == [5, 5, 5, 5]
+    assert not {bare(text) for text in texts} & {bare(text) for text in tuning}
+    change(folder, "compress.calibration.tuning", 0)
+    assert sampled(0.5) == texts
+    change(folder, "compress.calibration.tuning", 60)
+    with pytest.raises(
+        CaloraError, match=r"compress\.calibration\.tuning: expected at most 12 texts of movies, found 15"
+    ):
+        sampled(0.5)
+
+
 @pytest.mark.parametrize("end", [False, True])
 def test_a_prompt_has_the_token_ids_that_scoring_gives(folder, end):
     make_tokenizer(folder, end)
@@ -84,7 +99,9 @@ def test_the_tasks_of_a_run_change_nothing(folder):
     assert sampled(0.5) == before
 
 
-@pytest.mark.parametrize(("key", "value"), [("prompts", -0.1), ("prompts", 1.5), ("prompts", "half"), ("texts", 0)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("prompts", -0.1), ("prompts", 1.5), ("prompts", "half"), ("texts", 0), ("tuning", -1)]
+)
 def test_a_value_out_of_its_range_is_named(folder, key, value):
     change(folder, f"compress.calibration.{key}", value)
     with pytest.raises(CaloraError, match=rf"compress\.calibration\.{key}: .*{value}") as caught:

@@ -8,10 +8,11 @@ from peft import LoraConfig, get_peft_model
 
 from calora.adapters.lora import inject, lora_config, lora_state, set_active
 from calora.common.batching import epoch_batches, equal_length_batches, length_batches
+from calora.common.divergence import divergence
 from calora.common.files import whole_directory
 from calora.common.progress import progress
 from calora.distillation.distill import finetune, trainable
-from calora.distillation.loss import answer_divergence, hidden_distance, task_loss
+from calora.distillation.loss import hidden_distance, task_loss
 from calora.distillation.targets import Targets, write_targets
 from calora.distillation.training import Checkpoint, MasterWeights, Schedule, train
 from calora.errors import CaloraError
@@ -165,10 +166,10 @@ def test_distances_are_zero_at_the_teacher_and_match_torch():
     assert float(hidden_distance(hidden, mask, hidden[mask])) == 0
     torch.testing.assert_close(hidden_distance(hidden, mask, target), ((hidden[mask] - target) ** 2).mean())
     logits, other = torch.randn(5, 3), torch.randn(5, 3)
-    assert float(answer_divergence(logits, logits)) == pytest.approx(0, abs=1e-7)
+    assert float(divergence(logits, logits)) == pytest.approx(0, abs=1e-7)
     p = other.softmax(-1)
     expected = (p * (p.log() - logits.log_softmax(-1))).sum(-1).mean()
-    torch.testing.assert_close(answer_divergence(logits, other), expected)
+    torch.testing.assert_close(divergence(logits, other), expected)
     with pytest.raises(CaloraError, match="teacher targets"):
         hidden_distance(hidden, mask, target[:4])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import time
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from calora.compression import moefy, prune, quantize, recover, shrink
+from calora.compression import moefy, prune, quantize, recover, shrink, tune
 from calora.compression.options import FIX, Plan, parse
 from calora.compression.walk import Calibration, Change, Part, Walked, check_finite, each_block
 from calora.errors import CaloraError
@@ -89,22 +90,29 @@ def compress(
     Args:
         model: as `calora.models.loading.load_model` gives it, in the dtype in which it will be stored.
         recipe: such as `[{"prune": {"score": "wanda", "pattern": "2:4"}}, {"quantize": {"format": "int8"}}]`.
-        calibration: texts that the steps look at.
+        calibration: texts that the steps look at, and those that a recovery is tuned on. For that a copy of the uncompressed
+            model stays in memory.
         compute: the dtype in which blocks compute meanwhile; by default the model's own, or fp32 for a bf16 model where
             the processor has no kernels for it. What is stored is rounded to the model's own all the same.
 
     Raises:
         CaloraError: a step is unknown, cannot follow the one before it or cannot be applied, or calora does not know
-            the model's blocks (raised before any work starts); or weights or activations hold NaN or Inf.
+            the model's blocks (raised before any work starts); or weights, activations or the loss of a tuning hold
+            NaN or Inf.
     """
     earlier: Report | None = getattr(model, "calora_report", None)
     steps = check_recipe(recipe, earlier.recipe if earlier else ())
     check_model(model, steps)
     if not calibration.examples:
         raise CaloraError("calibration", "at least one text", "none", "give it texts")
+    tuned = [options for step, options in steps if step == "recover" and options.tuning]
+    if tuned and not calibration.tuning:
+        raise CaloraError("recover.tune", "texts to learn from", "none", "give the calibration some, or leave it out")
     before = {name: tensor.nbytes for name, tensor in model.state_dict().items()}
     stored = model.dtype
-    with computing_in(model, compute or _fast(stored), stored):
+    precision = partial(computing_in, model, compute or _fast(stored), stored)
+    with precision():
+        teacher = copy.deepcopy(model) if tuned else None
         plans, parts, spent = _planned(model, steps, calibration.examples, stored)
         found = each_block(model, parts, calibration, stored)
     for what, seconds in spent.items():
@@ -114,7 +122,13 @@ def compress(
         for name in STEPS[step].finish(model, options, plan):
             found.layers[name] = {step: {}}
         found.took(step, time.monotonic() - start)
-    made = _report(model, recipe, calibration.examples, plans, found, before).continues(earlier)
+    notes = {}
+    if teacher is not None:
+        start = time.monotonic()
+        with precision():
+            notes = _tuned(model, teacher, calibration, tuned[0], stored)
+        found.took("tune", time.monotonic() - start)
+    made = _report(model, recipe, calibration.examples, plans, found, before, notes).continues(earlier)
     model.calora_report = made  # type: ignore[assignment]  # no module: what a second compression continues
     return made
 
@@ -188,6 +202,20 @@ def _planned(
     return plans, parts, spent
 
 
+def _tuned(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    calibration: Calibration,
+    options: recover.Options,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """Tune the recovery; what the report says of it."""
+    assert options.tuning
+    texts = calibration.tuning
+    errors = tune.tune(model, teacher, texts, calibration.examples, options.tuning, options.format, dtype)
+    return {"texts": len(texts), "sha256": fingerprint_of(texts), "divergence": errors}
+
+
 def _report(
     model: nn.Module,
     recipe: Recipe,
@@ -195,6 +223,7 @@ def _report(
     plans: Sequence[Plan],
     found: Walked,
     before: Mapping[str, int],
+    tuned: dict[str, Any],
 ) -> Report:
     """The report, with how each changed layer is stored, and its bytes."""
     layers: dict[str, Any] = {}
@@ -213,6 +242,7 @@ def _report(
     return Report(
         recipe=[{step: dict(options or {})} for item in recipe for step, options in item.items()],
         calibration={"texts": len(examples), "sha256": fingerprint_of(examples)},
+        tuned=tuned,
         layers=layers,
         blocks=found.blocks,
         untouched={name: tensor.nbytes for name, tensor in model.state_dict().items() if name not in owned},
@@ -223,5 +253,5 @@ def _report(
 
 
 def fingerprint_of(examples: Sequence[Example]) -> str:
-    """SHA-256 of the calibration tokens."""
+    """SHA-256 of the tokens of texts."""
     return hashlib.sha256(json.dumps([e.prompt_ids for e in examples]).encode()).hexdigest()

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from calora.compression.options import FIX, Plan, one_of, whole
+from calora.compression.options import FIX, Plan, one_of, parse, whole
+from calora.compression.tune import Tuning
 from calora.compression.walk import Block, Calibration, Change, Part, each_block
 from calora.errors import CaloraError
 from calora.layers.layout import dense_layer, dense_weight
@@ -43,6 +44,7 @@ class Options:
             the map of this rank that keeps most of W.
         rounds: of `alternate` and `preserve`, at least 1; the best one is kept, for each input.
         format: of the factors: `int8`, or `native`, the dtype of the base.
+        tune: None, or how the factors are trained afterwards: {steps, lr, batch_size} (`tune.Tuning`).
     """
 
     fit: str
@@ -50,6 +52,14 @@ class Options:
     rank: int | None = None
     budget: float | None = None
     rounds: int | None = None
+    tune: Mapping[str, Any] | None = None
+
+    @property
+    def tuning(self) -> Tuning | None:
+        """`tune`, checked."""
+        if self.tune is not None and not isinstance(self.tune, Mapping):
+            raise CaloraError("recover.tune", "steps, lr and batch_size, or null", repr(self.tune), FIX)
+        return None if self.tune is None else parse(Tuning, "recover.tune", self.tune)
 
     def __post_init__(self) -> None:
         if (self.rank is None) == (self.budget is None):
@@ -64,6 +74,7 @@ class Options:
             whole(f"recover.rounds (of {self.fit})", self.rounds, 1)
         elif self.rounds is not None:
             raise CaloraError("recover.rounds", "none: `after` is one round", self.rounds, FIX)
+        _ = self.tuning
 
 
 def check(model: PreTrainedModel, options: Options) -> None:

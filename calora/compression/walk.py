@@ -40,10 +40,12 @@ class Calibration:
     Args:
         examples: tokenised texts.
         checkpoint: folder for finished blocks; None keeps nothing.
+        tuning: more of them, for a recovery that is tuned.
     """
 
     examples: Sequence[Example]
     checkpoint: Path | None = None
+    tuning: Sequence[Example] = ()
 
 
 @dataclass

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from calora.common.divergence import divergence
 from calora.distillation.targets import Target
 from calora.distillation.training import Losses
 from calora.errors import CaloraError
@@ -64,13 +65,6 @@ def hidden_distance(hidden: Tensor, mask: Tensor, target: Tensor) -> Tensor:
     return F.mse_loss(states.float(), target.float())
 
 
-def answer_divergence(logits: Tensor, target: Tensor) -> Tensor:
-    """KL(teacher || student) over the same k tokens, [P, k] each, mean over positions."""
-    return F.kl_div(
-        logits.float().log_softmax(-1), target.float().log_softmax(-1), log_target=True, reduction="batchmean"
-    )
-
-
 def distance_parts(output: Output, batch: Batch, target: Target, weights: Weights) -> list[Part]:
     """Each part that looks at the teacher; `output.logits` is over the whole vocabulary."""
     parts: list[Part] = []
@@ -80,7 +74,7 @@ def distance_parts(output: Output, batch: Batch, target: Target, weights: Weight
             distance = hidden_distance(output.hidden[stack], mask, target.hidden[stack])
             parts.append((f"hidden_{stack}", weight, distance, mask))
     if weights.kl > 0:
-        kl = answer_divergence(output.logits.gather(1, target.token_ids), target.logits)
+        kl = divergence(output.logits.gather(1, target.token_ids), target.logits)
         parts.append(("kl", weights.kl, kl, batch.labels == batch.labels))
     return parts
 

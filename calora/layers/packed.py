@@ -327,7 +327,7 @@ class PackedLinear(nn.Linear):
 
     def _int8(self, x: Tensor) -> Tensor:
         codes, scale = self.weight, self.get_buffer("weight_scale").to(x.dtype).flatten()
-        if x.shape[0] <= FEW_ROWS and kernel_takes(codes, x):
+        if x.shape[0] <= FEW_ROWS and not x.requires_grad and kernel_takes(codes, x):  # that kernel has no derivative
             out = torch._weight_int8pack_mm(x.contiguous(), codes, scale)
         else:
             out = F.linear(x, codes.to(x.dtype)).mul_(scale)

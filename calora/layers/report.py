@@ -17,6 +17,8 @@ class Report:
     Args:
         recipe: the steps, each {name: options}.
         calibration: `texts` (their number) and `sha256` (of their tokens).
+        tuned: of a recovery that was tuned: `texts` and `sha256` of what it learnt from, and `divergence` of the calibration
+            texts before and after (`compression.tune`), of which the lower one's factors are kept; else empty.
         layers: layer -> how it is stored, `bytes_before`, `bytes_after`, and `steps`: what each step says of it, with
             `output_error`, the relative error of its output, where it kept its shape.
         blocks: block -> relative error of its output after all steps, on the inputs that the blocks before it give.
@@ -29,6 +31,7 @@ class Report:
 
     recipe: list[dict[str, dict[str, Any]]]
     calibration: dict[str, Any]
+    tuned: dict[str, Any]
     layers: dict[str, dict[str, Any]]
     blocks: dict[str, float]
     untouched: dict[str, int]
@@ -56,6 +59,7 @@ class Report:
         return Report(
             recipe=[*earlier.recipe, *self.recipe],
             calibration=self.calibration,
+            tuned=self.tuned,
             layers=layers,
             blocks=self.blocks,
             untouched={
