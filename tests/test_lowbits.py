@@ -326,7 +326,8 @@ def test_a_prepared_int4_head_moves_and_can_be_left():
 def test_the_recipes_of_the_project_are_valid():
     for name in ("q3", "q4_2", "q2"):
         (step, options), *rest = check_recipe(load_params(ROOT / "params.yaml").compressions[name])
-        assert step == "quantize" and options.rounding == "gptq" and options.range == "search" and not rest
+        assert step == "quantize" and options.rounding == "gptq" and options.range == "search"
+        assert [name for name, _ in rest] == ["recover"]
     mixed = check_recipe(load_params(ROOT / "params.yaml").compressions["q4_2"])[0][1]
     assert mixed.scheme("model.layers.0.mlp.gate_proj") == mixed.scheme("model.layers.0.mlp.up_proj")
     assert (mixed.scheme("a.up_proj").format, mixed.scheme("a.up_proj").group) == ("int2", 32)
