@@ -1,11 +1,11 @@
 """Speed and memory of the packed models with and without adapter, beside bf16 dense + PEFT, in one run.
 
-`python -m benchmarks.inference [recipe ...]` after `make run` (it reads models/base and models/teacher/movies; recipes
-that are not in models/compressed are compressed into .cache/benchmarks first). Each row is a process of its own, so that its
-peak is its own; the rounds go through all rows in turn, and the best of each is shown. Adapters: the teacher's LoRA (q, k;
-rank 32), the same with a bypass of rank 32 beside all seven linear layers (CA-LoRA; its values do not change its speed), and
-a plain LoRA of rank 32 (64 for q and k) on all seven, which has as many parameters. `DENSE_TUNED` is the base with calora's
-switch for single tokens: what of a recipe's speed is due to the switch alone.
+`python -m benchmarks.inference [recipe ...]` after `make run` (it reads models/base; recipes that are not in
+models/compressed are compressed into .cache/benchmarks first). Each row is a process of its own, so that its peak is its
+own; the rounds go through all rows in turn, and the best of each is shown. Adapters, whose values do not change their speed:
+a LoRA of rank 8 on all seven linear layers, the same with a linear bypass of rank 4 beside each (CA-LoRA), and a plain LoRA
+of rank 12, which has as many parameters. `DENSE_TUNED` is the base with calora's switch for single tokens: what of a recipe's
+speed is due to the switch alone.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ PROMPTS, LENGTH, NEW = 16, 32, 48  # texts a batch, tokens a text, tokens decode
 ADAPTERS = ("none", "LoRA", "CA-LoRA")
 DENSE, DENSE_TUNED = "bf16 dense", "bf16 dense, tuned"
 EQUAL = "LoRA, equal budget"
+RANK, BYPASS = 8, 4
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def folder_of(recipe: str) -> Path:
@@ -51,41 +53,34 @@ def make(recipe: str) -> None:
 
 def opened(recipe: str, adapter: str) -> Any:
     """The model as a user opens it, with its adapter on."""
-    teacher = Path("models/teacher/movies")
+    from calora.adapters.lora import lora_config
+
+    config = lora_config(RANK + BYPASS if adapter == EQUAL else RANK, 2 * RANK, TARGETS)
     if recipe in (DENSE, DENSE_TUNED):
-        from peft import PeftModel, get_peft_model
+        from peft import get_peft_model
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from calora.adapters.lora import lora_config
         from calora.layers.onetoken import OneToken
 
         model: Any = AutoModelForCausalLM.from_pretrained("models/base", dtype=torch.bfloat16)
         if recipe == DENSE_TUNED:
             model.__class__ = type("Tuned", (OneToken, type(model)), {})
-        if adapter == EQUAL:
-            names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-            config = lora_config(32, 16, names, {"q_proj": 64, "k_proj": 64})
+        if adapter != "none":
             model = get_peft_model(model, config, autocast_adapter_dtype=False).to(torch.bfloat16)
-        elif adapter != "none":
-            model = PeftModel.from_pretrained(model, teacher, autocast_adapter_dtype=False)
         model.calora_tokenizer = AutoTokenizer.from_pretrained("models/base")  # calora.load reads it too
         return model.eval()
     import calora
 
     model = calora.load(folder_of(recipe))
     if adapter != "none":
-        from calora.adapters.folder import read_plain_lora
         from calora.adapters.lora import attach_adapter, set_active
-        from calora.inheritance.inherit import carry_lora, random_bypasses
+        from calora.inheritance.fresh import fresh_adapter
+        from calora.inheritance.inherit import random_bypasses
         from calora.models.anatomy import linear_layers
 
-        made, _ = carry_lora(model, read_plain_lora(teacher), model.calora_origin)
+        made = fresh_adapter(model, config, {"activation": "identity"})
         if adapter == "CA-LoRA":
-            bypasses = random_bypasses(linear_layers(model), 32, "gelu")
-            made.recovery, made.meta = (
-                {key: value.bfloat16() for key, value in bypasses.items()},
-                {"activation": "gelu"},
-            )
+            made.recovery = random_bypasses(linear_layers(model), BYPASS, "identity")
         attach_adapter(model, made, "a")
         set_active(model, "a")
     return model

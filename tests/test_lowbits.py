@@ -18,6 +18,7 @@ from calora.compression.prune import keep_n_of_m
 from calora.compression.walk import Calibration
 from calora.errors import CaloraError
 from calora.layers.codes import RANGE, Grid, fit_grid, pack_planes, unpack_planes
+from calora.layers.int4 import MANY_ROWS, unpacked, unpacks
 from calora.layers.layout import dense_weight, prepare, restore, store
 from calora.layers.packed import MANY_OUTPUTS, PackedEmbedding, PackedLinear, Packing, table_packing, table_tensors
 from calora.models.anatomy import linear_layers
@@ -143,7 +144,7 @@ def test_gptq_beats_nearest_and_the_search_beats_both_alone(bits, symmetric):
 @pytest.mark.parametrize("format", ["int3", "int2"])
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("out", [16, 13])
+@pytest.mark.parametrize("out", [128, 16, 13])
 def test_a_layer_stores_the_values_it_was_given_and_computes_with_them(format, sparse, symmetric, out):
     torch.manual_seed(0)
     layer = nn.Linear(64, out, dtype=torch.bfloat16)
@@ -161,13 +162,34 @@ def test_a_layer_stores_the_values_it_was_given_and_computes_with_them(format, s
         expected = nn.functional.linear(x.to(dtype), values.to(dtype), layer.bias.to(dtype))
         torch.testing.assert_close(again(x.to(dtype)), expected)
     again.prepare(again.room())
-    assert bool(again.kernel) == (out == 16)  # torch's int4 kernel, where it takes the shape
+    assert bool(again.kernel) == (out != 13)  # torch's int4 kernel, where it takes the shape
     assert torch.equal(again.dense_weight(torch.bfloat16), values)  # and exactly the same values
     torch.testing.assert_close(again(x), nn.functional.linear(x, values, layer.bias), rtol=2e-2, atol=2e-2)
     if again.kernel:
         again.unprepare()
         assert again.packing == Packing("int4", False, 32, True)
         assert torch.equal(again.dense_weight(torch.bfloat16), values)
+
+
+@pytest.mark.parametrize("out", [128, 80])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_many_rows_are_multiplied_by_the_unpacked_weight(symmetric, out, monkeypatch):
+    torch.manual_seed(0)
+    layer = nn.Linear(96, out, dtype=torch.bfloat16)
+    grid = fit_grid(layer.weight.detach(), 4, 32, symmetric, torch.bfloat16)
+    packed = PackedLinear.pack(layer, Packing("int4", False, 32, symmetric), grid=grid)
+    packed.prepare(packed.room())
+    kernel, calls = torch._weight_int4pack_mm_for_cpu, []
+    monkeypatch.setattr(torch, "_weight_int4pack_mm_for_cpu", lambda *args: calls.append(1) or kernel(*args))
+    x = torch.randn(2, MANY_ROWS // 2, 96, dtype=torch.bfloat16)
+    whole, calls_of_many = packed(x), len(calls)
+    parts = torch.cat([packed(x[:1]), packed(x[1:])])
+    assert len(calls) - calls_of_many == 2 and calls_of_many == (0 if unpacks(packed.kernel[0]) else 1)
+    torch.testing.assert_close(whole, parts, rtol=2e-2, atol=2e-2)  # the kernel does not round the weight to bf16
+    if unpacks(packed.kernel[0]):
+        scale, shift = (part.T.repeat_interleave(32, 1).float() for part in packed.kernel[1].unbind(-1))
+        codes = grid.encode(layer.weight.detach()).float()
+        assert torch.equal(unpacked(*packed.kernel).T, (codes * scale + shift).bfloat16())
 
 
 @pytest.mark.parametrize(("format", "group"), [("int3", 64), ("int2", 32), ("int2", 128)])
@@ -304,7 +326,8 @@ def test_a_prepared_int4_head_moves_and_can_be_left():
 def test_the_recipes_of_the_project_are_valid():
     for name in ("q3", "q4_2", "q2"):
         (step, options), *rest = check_recipe(load_params(ROOT / "params.yaml").compressions[name])
-        assert step == "quantize" and options.rounding == "gptq" and options.range == "search" and not rest
+        assert step == "quantize" and options.rounding == "gptq" and options.range == "search"
+        assert [name for name, _ in rest] == ["recover"]
     mixed = check_recipe(load_params(ROOT / "params.yaml").compressions["q4_2"])[0][1]
     assert mixed.scheme("model.layers.0.mlp.gate_proj") == mixed.scheme("model.layers.0.mlp.up_proj")
     assert (mixed.scheme("a.up_proj").format, mixed.scheme("a.up_proj").group) == ("int2", 32)

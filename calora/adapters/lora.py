@@ -408,7 +408,7 @@ def set_active(model: PreTrainedModel, name: str | None) -> None:
 
 
 def lora_alone(model: PreTrainedModel) -> None:
-    """Switch off all of an adapter but its LoRA, which is what plain PEFT serves."""
+    """Switch off all of an adapter but its LoRA, which is what plain PEFT serves; not on a packed model."""
     activate(model, None)
     activate_scales(model, None)
 

@@ -25,6 +25,7 @@ from calora.layers.codes import (
     unpack_nibbles,
     unpack_planes,
 )
+from calora.layers.int4 import MANY_ROWS, unpacked, unpacks
 
 FEW_ROWS = 16  # up to here torch's int8 kernel beats unpacking the weight for a bf16 product (2 cores, AVX-512)
 MANY_OUTPUTS = 2048  # of an int4 head that has no kernel: it is unpacked and multiplied so many rows at a time
@@ -323,6 +324,8 @@ class PackedLinear(nn.Linear):
 
     def _int4(self, x: Tensor) -> Tensor:
         layout, scales = self.kernel
+        if len(x) >= MANY_ROWS and self.weight is None and unpacks(layout):  # a head is too large, and reads few rows
+            return x @ unpacked(layout, scales)
         return torch._weight_int4pack_mm_for_cpu(x.contiguous(), layout, self.packing.group, scales)
 
     def _int8(self, x: Tensor) -> Tensor:
