@@ -28,13 +28,13 @@ ui: setup  ## the Prefect UI, for runs started by hand or by a schedule (PORT=42
 compare: setup  ## the experiments of this commit side by side; writes results/report.html (EXP="a b")
 	@$(BIN)/python -m pipeline compare $(EXP)
 
-ablation: setup  ## the paper's ablation: inherit x recover x distil (TASK=movies RECIPE=q8_up SEEDS="0 1 2")
+ablation: setup  ## the paper's ablation: inherit x recover x distil (TASK=movies RECIPE=q3 SEEDS="0 1 2")
 	@$(BIN)/python -m pipeline ablation $(TASK:%=--task %) $(RECIPE:%=--recipe %) $(if $(SEEDS),--seeds $(SEEDS))
 
-convergence: setup  ## validation accuracy against step on compressed models (TASK=movies RECIPES="q8 up m q8_up")
+convergence: setup  ## validation accuracy against step on compressed models (TASK=movies RECIPES="q4 q3 q2 q8_up")
 	@$(BIN)/python -m pipeline convergence $(TASK:%=--task %) $(if $(RECIPES),--recipes $(RECIPES))
 
-labels: setup  ## accuracy against labels and against steps (TASK=movies RECIPE=q8_up COUNTS="0 100 400 1600" SEEDS=0)
+labels: setup  ## accuracy against labels and against steps (TASK=movies RECIPE=q3 COUNTS="0 100 400 1600" SEEDS=0)
 	@$(BIN)/python -m pipeline labels $(TASK:%=--task %) $(RECIPE:%=--recipe %) $(if $(COUNTS),--counts $(COUNTS)) $(if $(SEEDS),--seeds $(SEEDS))
 
 smoke: setup  ## the same stages and real input on a few hundred texts, in .smoke

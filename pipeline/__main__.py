@@ -144,7 +144,7 @@ def sweep(command: argparse.ArgumentParser) -> Act:
 def ablation(command: argparse.ArgumentParser) -> Act:
     """The eight cells of inherit x recover x distil, with some seeds, as experiments; then their table and plot."""
     command.add_argument("--task", default="movies")
-    command.add_argument("--recipe", default="q8_up")
+    command.add_argument("--recipe", default="q3")
     command.add_argument("--seeds", type=within(0, 2**31 - 1), nargs="+", default=[0, 1, 2])
 
     def act(chosen: argparse.Namespace) -> None:
@@ -159,7 +159,7 @@ def ablation(command: argparse.ArgumentParser) -> Act:
 def convergence(command: argparse.ArgumentParser) -> Act:
     """Validation accuracy against step, of CA-LoRA and a fresh LoRA on four compressed models, as an experiment and a plot."""
     command.add_argument("--task", default="movies")
-    command.add_argument("--recipes", nargs="+", default=["q8", "up", "m", "q8_up"])
+    command.add_argument("--recipes", nargs="+", default=["q4", "q3", "q2", "q8_up"])
 
     def act(chosen: argparse.Namespace) -> None:
         alone()
@@ -173,7 +173,7 @@ def convergence(command: argparse.ArgumentParser) -> Act:
 def labels(command: argparse.ArgumentParser) -> Act:
     """Accuracy against the number of labels, and against steps, of CA-LoRA and what it is compared with; as experiments, a table and a plot."""
     command.add_argument("--task", default="movies")
-    command.add_argument("--recipe", default="q8_up")
+    command.add_argument("--recipe", default="q3")
     command.add_argument("--counts", type=within(0, 2**31 - 1), nargs="+", default=[0, 100, 400, 1600])
     command.add_argument("--seeds", type=within(0, 2**31 - 1), nargs="+", default=[0])
 

@@ -27,7 +27,8 @@ SMOKE: dict[str, Any] = {
     "data": {"sizes": {"train": 96, "unlabelled": 48, "validation": 32, "test": 64}},
     "train": {"steps": 6, "batch_size": 8, "warmup": 2, "eval_every": 6},
     "methods": {"calora": {"start": {"calibration_texts": 32}}},
-    "compress": {"calibration": {"texts": 32}},
+    "compress": {"calibration": {"texts": 32, "tuning": 32}},
+    "recipes": ["q8_up"],
 }
 NO_GIT = """This folder is no git repository: the pipeline runs, but `dvc exp` (comparing runs) needs one. To have it:
   git init && git add -A && git commit -m "start"

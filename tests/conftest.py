@@ -134,7 +134,7 @@ def make_project(folder: Path, kind: str = "llama", answers: bool = True) -> Pat
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["base"] = {"source": "path", "path": str(base), "sha256": fingerprint(base)}
     params["small"] = {"source": "path", "path": str(small), "sha256": fingerprint(small)}
-    params["tasks"] = ["toy"]
+    params |= {"tasks": ["toy"], "recipes": ["q8_up"], "compare": ["clm", "clm_inherited", "clm_lora", "calora"]}
     params["data"]["sizes"] = {"train": 24, "unlabelled": 12, "validation": 12, "test": 16}
     params["data"]["sets"] = {
         "toy": {
@@ -144,7 +144,7 @@ def make_project(folder: Path, kind: str = "llama", answers: bool = True) -> Pat
             "max_new_tokens": 3,
         }
     }  # fmt: skip
-    params["compress"]["calibration"]["texts"] = 8
+    params["compress"]["calibration"] |= {"texts": 8, "tuning": 8}
     params["teacher"] |= {"rank": 4, "lora_alpha": 2, "top_k": 5, "targets": ["q_proj", "k_proj"]}
     params["train"] |= {"steps": 6, "warmup": 1, "eval_every": 3, "batch_size": 4, "checkpoint_seconds": 0.001}
     ours = params["methods"]["calora"]["start"]
