@@ -44,6 +44,12 @@ class Results:
     data: dict[str, Any]
 
     @property
+    def tasks(self) -> list[str]:
+        """Those that were run."""
+        run = {task for tasks in self.data["runs"].values() for task in tasks}
+        return [task for task in TASKS if task in run]
+
+    @property
     def recipes(self) -> list[str]:
         """In the order of params.yaml."""
         return [name for name in load_params().compressions if name in self.data["sizes"]]
@@ -58,21 +64,21 @@ class Results:
         return found
 
     def mean(self, key: Key) -> Estimate | None:
-        """Over the four tasks, and over the seeds that were run; None where a task is missing."""
+        """Over the tasks, and over the seeds that were run; None where a task is missing."""
         rows = self.rows(key)
-        if set(rows) != set(TASKS):
+        if set(rows) != set(self.tasks):
             return None
-        return mean_over_tasks([of_task([hits(one) for one in rows[task].values()]) for task in TASKS])
+        return mean_over_tasks([of_task([hits(one) for one in rows[task].values()]) for task in self.tasks])
 
     def difference(self, ours: Key, theirs: Key) -> tuple[Estimate, list[str]] | None:
         """Over tasks, and the seeds that both were run with in every task, which are given too."""
         a, b = self.rows(ours), self.rows(theirs)
-        if not set(TASKS) <= a.keys() & b.keys():
+        if not set(self.tasks) <= a.keys() & b.keys():
             return None
-        seeds = sorted(set.intersection(*(a[task].keys() & b[task].keys() for task in TASKS)))
+        seeds = sorted(set.intersection(*(a[task].keys() & b[task].keys() for task in self.tasks)))
         if not seeds:
             return None
-        pairs = [([hits(a[task][s]) for s in seeds], [hits(b[task][s]) for s in seeds]) for task in TASKS]
+        pairs = [([hits(a[task][s]) for s in seeds], [hits(b[task][s]) for s in seeds]) for task in self.tasks]
         return mean_over_tasks([difference_over_seeds(own, other) for own, other in pairs]), seeds
 
     def metrics(self, recipe: str) -> dict[str, Any]:
@@ -82,7 +88,7 @@ class Results:
         for key in [*(("", name) for name in REFERENCES), *((recipe, name) for name in sorted(keys))]:
             mean = self.mean(key)
             if mean is not None:
-                one = next(iter(self.rows(key)[TASKS[0]].values()))
+                one = next(iter(self.rows(key)[self.tasks[0]].values()))
                 methods[key[1]] = {
                     **{name: one[name] for name in one if name.endswith("_bytes") or name == "bytes_on_disk"},
                     "accuracy": mean.value, "ci": list(mean.ci),
@@ -157,14 +163,14 @@ def said(found: tuple[Estimate, list[str]] | None) -> str:
 def tasks_table(found: Results) -> Table:
     """Each task by itself: the inherited LoRA, the closed-form start, the fresh LoRA and CA-LoRA of each recipe."""
     methods = ("clm_inherited", FREE, BASELINE, OURS)
-    table = Table("tasks", ["recipe", "method", *TASKS], {0, 1})
+    table = Table("tasks", ["recipe", "method", *found.tasks], {0, 1})
     keys = [("", "llm"), ("", "llm_lora"), ("", "small_lora")]
     for recipe, method in [*keys, *((recipe, method) for recipe in found.recipes for method in methods)]:
         rows = found.rows((recipe, method))
         if rows:
             cells = [
                 f"{of_task([hits(one) for one in rows[task].values()]).value:.3f}" if task in rows else ""
-                for task in TASKS
+                for task in found.tasks
             ]
             table.rows.append([recipe or "uncompressed" * (method != "small_lora"), short(method), *cells])
     return table
@@ -216,8 +222,9 @@ def main() -> None:
         text = between(text, name, make(found).grid())
     write_text(PAGE, text)
     metrics = {recipe: found.metrics(recipe) for recipe in found.recipes}
+    title = found.tasks[0] if len(found.tasks) == 1 else f"mean of {len(found.tasks)} tasks"
     for path, draw in PICTURES.items():
-        draw(metrics, f"mean of {len(TASKS)} tasks").savefig(path, dpi=130)
+        draw(metrics, title).savefig(path, dpi=130)
 
 
 if __name__ == "__main__":

@@ -69,3 +69,5 @@ def test_results_of_several_seeds_and_tasks_come_together():
     assert low == ["80 to 90", "CA-LoRA on q3: 0.828 (85.0 MB)", ""]
     assert high == ["160 to 170", "", "CA-LoRA on q3: 0.828 (160.0 MB)"]
     assert len(recipes.tasks_table(found).rows) == 3
+    alone = recipes.Results({"runs": {"0": {"movies": runs["0"]["movies"]}}, "sizes": {}})
+    assert alone.tasks == ["movies"] and alone.mean(("q3", "clm_calora")).value == pytest.approx(0.8)
