@@ -81,6 +81,8 @@ def opened(recipe: str, adapter: str) -> Any:
         made = fresh_adapter(model, config, {"activation": "identity"})
         if adapter == "CA-LoRA":
             made.recovery = random_bypasses(linear_layers(model), BYPASS, "identity")
+        for part in (made.lora, made.recovery):
+            part.update({key: value.bfloat16() for key, value in part.items()})  # as they are stored
         attach_adapter(model, made, "a")
         set_active(model, "a")
     return model

@@ -89,12 +89,14 @@ def build(
         compute: the dtype of the inputs to come, where it is not the stored one.
     """
     names = {name: name for name in tensors} | dict(tied)  # name in the model -> name on disk
-    shared: dict[str, Tensor] = {}  # read once, so that they stay one tensor
+    # Read once, so that they stay one tensor. Recoveries first: between what layers give up they would leave holes in the heap.
+    early = {name: tensors[name] for name in tensors if f".{CHILD}." in name}
 
     def read(name: str) -> Tensor:
-        if names[name] not in tied.values():
-            return tensors[names[name]]
-        return shared.setdefault(names[name], tensors[names[name]])
+        stored = names[name]
+        if stored in tied.values() and stored not in early:
+            early[stored] = tensors[stored]
+        return early[stored] if stored in early else tensors[stored]
 
     # layer -> (codes [out, in],) of a sparse int8 layer, or (layout [out, in / 2], scales [groups, out, 2]) of an int4 one
     rooms = {
