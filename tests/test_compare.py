@@ -118,7 +118,7 @@ def test_a_page_of_many_runs_stays_below_3_mb():
 def test_the_overview_has_a_line_for_each_with_the_parameters_that_differ(project):
     chosen = differing({name: read_experiment(project, name) for name in ("low", "<high>")})
     assert [one.params for one in chosen.values()] == [{"distill.alpha": 0.01}, {"distill.alpha": 0.1}]
-    console = Console(width=250, record=True)
+    console = Console(width=400, record=True)
     console.print(overview(chosen))
     lines = console.export_text().splitlines()
     assert lines[0].split()[-1] == "distill.alpha"

@@ -311,5 +311,5 @@ def test_the_command_has_its_defaults():
     command = Parser()
     act = COMMANDS["labels"](command)
     chosen = command.parse_args([])
-    assert callable(act) and (chosen.task, chosen.recipe) == ("movies", "q8_up")
+    assert callable(act) and (chosen.task, chosen.recipe) == ("movies", "q3")
     assert (chosen.counts, chosen.seeds) == ([0, 100, 400, 1600], [0])

@@ -92,6 +92,10 @@ class SharedRecovery(nn.Module):
             self.restore({"down": factors.down, "up": factors.up[name]})
             self.restore({"inputs": factors.inputs, "outputs": factors.outputs.get(name)})
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the hook: a copy is not what it takes off, and the layer that had it may be gone."""
+        return {name: value for name, value in self.__dict__.items() if name != "hook"}
+
     def restore(self, tensors: Mapping[str, Tensor | None]) -> SharedRecovery:
         """Take stored tensors, as `state_dict` gives them."""
         for name, tensor in tensors.items():
