@@ -19,10 +19,8 @@ from calora.errors import CaloraError
 
 FORMATS = ("bf16", "int8", "int4")
 GROUP = 32  # values along the rank that share a scale in int4; the last group may be shorter
-HEADER, ENTRY = (
-    48,
-    92,
-)  # most bytes of a safetensors file of up to 10 GB: its own, and a tensor's besides its layer's name
+# Most bytes of the header of a safetensors file of up to 10 GB: its own, and a tensor's besides its layer's name.
+HEADER, ENTRY = 48, 92
 FIX = "make the adapter again, or name another folder"
 
 

@@ -164,7 +164,7 @@ class Group:
         """Of the error that a compression leaves."""
         narrowest, width = min(len(self.moment), *self.rows), len(self.moment) + len(self.weight)
         bytes = width * (1 if options.format == "int8" else dtype.itemsize)
-        return Spectrum.of(self.error(compressed), self.moment, self.size, [bytes] * narrowest)
+        return Spectrum.of(self.error(compressed), self.moment, self.size**2, [bytes] * narrowest)
 
 
 def below_one_another(layers: Iterable[nn.Linear]) -> Tensor:

@@ -32,8 +32,10 @@ def share_ranks(
 ) -> dict[str, int]:
     """Layer -> rank of its bypass, of the layers that get one: `rank` of a `Bypass` with a warm start.
 
-    A direction's gain is what it takes off ||E X||^2 / ||W X||^2, E = W - W_c, X as in `inherit`; those that mend most a
-    byte come first. A direction is a rank of a linear bypass, and two of any other.
+    A direction's gain is what it takes off (in + out) ||E X||^2 / ||W X||^2, E = W - W_c [out, in], X as in `inherit`; those
+    that mend most a byte come first. The widths are in it because bytes are: without them the narrowest layers, whose
+    directions cost least, take most of a small budget (docs/method.md has the figures). A direction is a rank of a linear
+    bypass, and two of any other.
 
     Args:
         model: the compressed model (packed or its dense view).
@@ -59,7 +61,7 @@ def share_ranks(
             sizes = (stored_bytes(key, *widths, rank, format) for rank in range(0, min(widths) + 1, step))
             moment, weight, error = weighted_error(whole, key, layers[key], origin, moment)
             costs = [more - less for less, more in pairwise(sizes)]
-            spectra[key] = Spectrum.of(error, moment, weighted_size(weight, moment), costs)
+            spectra[key] = Spectrum.of(error, moment, weighted_size(weight, moment) ** 2 / sum(widths), costs)
     least = min((one.bytes[0] + HEADER for one in spectra.values() if one.runs()), default=0)
     if least > budget * 1e6:
         raise CaloraError("bypass.budget", f"{least / 1e6} MB or more, for one direction", budget, "raise it")

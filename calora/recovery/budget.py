@@ -17,8 +17,7 @@ class Spectrum:
     """What each direction of a map mends of the error of the layers that it stands beside, and what it costs.
 
     Args:
-        gains: of ||E X||^2 / ||W X||^2, falling, at least 0. Relative to the layers' own output, because the outputs of
-            different layers differ in size by far more than in what an error in them does.
+        gains: of squared error, in the same unit for all that share a budget, falling, at least 0.
         bytes: of each direction beside those before it, above 0: one that needs new scales costs more than the next.
     """
 
@@ -26,15 +25,15 @@ class Spectrum:
     bytes: list[int]
 
     @classmethod
-    def of(cls, error: Tensor, moment: Tensor, size: float, bytes: list[int]) -> Self:
+    def of(cls, error: Tensor, moment: Tensor, unit: float, bytes: list[int]) -> Self:
         """The first directions of the best map, as many as `bytes` has.
 
         Args:
             error: E = W - W_c [out, in].
             moment: X^T X [in, in].
-            size: ||W X||, above 0.
+            unit: the ||E X||^2 that counts as 1, above 0.
         """
-        gains = spectrum(error, moment)[: len(bytes)] / size**2
+        gains = spectrum(error, moment)[: len(bytes)] / unit
         return cls(gains.clamp_min(0).tolist(), bytes)
 
     def runs(self) -> list[tuple[float, int]]:
