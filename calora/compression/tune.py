@@ -91,7 +91,7 @@ def tune(
     for group in groups:
         _put(group, _encoded(_taken(group), format, dtype))
     after = _measured(model, teacher, held, tuning.batch_size)
-    if after >= before:
+    if not after < before:  # nor if it is NaN
         for group, own in zip(groups, stored, strict=True):
             _put(group, own)
     return [float(f"{value:.6g}") for value in (before, after)]
