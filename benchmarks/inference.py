@@ -41,12 +41,13 @@ def make(recipe: str) -> None:
     from calora.compression.walk import Calibration
     from calora.models.loading import load_model, load_tokenizer
     from calora.saving import save
-    from stages.common import BASE
+    from stages.common import BASE, TUNING
     from stages.config import load_params
     from stages.splits import read_calibration
 
     if not (folder_of(recipe) / "compression.json").exists():
-        calibration = Calibration(read_calibration(load_tokenizer(BASE)))
+        tokenizer = load_tokenizer(BASE)
+        calibration = Calibration(read_calibration(tokenizer), tuning=read_calibration(tokenizer, TUNING))
         model = load_model(BASE, torch.bfloat16)
         save(model, compress(model, load_params().compressions[recipe], calibration), folder_of(recipe), BASE)
 

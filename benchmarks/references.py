@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-BASE, CALIBRATION = "models/base", "data/calibration/texts.jsonl"
+BASE, CALIBRATION, TUNING = "models/base", "data/calibration/texts.jsonl", "data/calibration/tuning.jsonl"
 HELD_BACK = {"data/movies/unlabelled.jsonl": 128, "data/nyt/unlabelled.jsonl": 64}
 DTYPE = {"bfloat16": torch.bfloat16, "float32": torch.float32}[os.environ.get("CALORA_DTYPE") or "bfloat16"]
 Weights = dict[str, Tensor]
@@ -38,13 +38,18 @@ def read(path: str) -> list[str]:
 
 def calibration() -> list[list[int]]:
     """Token ids of the calibration texts."""
+    return tokens(CALIBRATION)
+
+
+def tokens(path: str) -> list[list[int]]:
+    """Token ids of the texts of a file."""
     tokenizer = AutoTokenizer.from_pretrained(BASE)
-    return [tokenizer(text).input_ids for text in read(CALIBRATION)]
+    return [tokenizer(text).input_ids for text in read(path)]
 
 
 def held_back() -> list[list[int]]:
-    """Token ids of the first texts of the files that are in no calibration text: those may be prompts."""
-    tokenizer, seen = AutoTokenizer.from_pretrained(BASE), "\n".join(read(CALIBRATION))
+    """Token ids of the first texts of the files that are in no text which a compression looked at: those may be prompts."""
+    tokenizer, seen = AutoTokenizer.from_pretrained(BASE), "\n".join(read(CALIBRATION) + read(TUNING))
     chosen = [text for path, count in HELD_BACK.items() for text in [t for t in read(path) if t not in seen][:count]]
     return [tokenizer(text).input_ids for text in chosen]
 

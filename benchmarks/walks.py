@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.references import BASE, calibration, perplexity
+from benchmarks.references import BASE, CALIBRATION, TUNING, perplexity, tokens
 from calora.compression import Recipe, compress
 from calora.compression.walk import Calibration
 from calora.layers.layout import dense_view
@@ -28,11 +28,11 @@ from stages.config import load_params
 RECIPES = ("q8_up", "q4_up", "q8_up_m")
 
 
-def compressed(parts: Sequence[Recipe], texts: Sequence[Example]) -> Any:
+def compressed(parts: Sequence[Recipe], calibration: Calibration) -> Any:
     """The base after one recipe and then the next, each in a walk of its own; every layer dense, with the stored values."""
     model = load_model(Path(BASE), torch.bfloat16)
     for part in parts:
-        compress(model, part, Calibration(texts), compute_dtype())
+        compress(model, part, calibration, compute_dtype())
     return dense(model).to(compute_dtype())
 
 
@@ -47,12 +47,13 @@ def dense(model: Any) -> Any:
 
 def main() -> None:
     """Two lines a recipe."""
-    texts, recipes = [Example(ids) for ids in calibration()], load_params().compressions
+    texts, tuning = ([Example(ids) for ids in tokens(path)] for path in (CALIBRATION, TUNING))
+    looked_at, recipes = Calibration(texts, tuning=tuning), load_params().compressions
     for name in sys.argv[1:] or RECIPES:
         recipe = recipes[name]
         for title, parts in (("one walk", [recipe]), ("a walk a step", [[step] for step in recipe])):
             start = time.monotonic()
-            model = compressed(parts, texts)
+            model = compressed(parts, looked_at)
             seconds = time.monotonic() - start
             print(f"{name} | {title} | {perplexity(model):.2f} | {seconds:.0f} s", flush=True)
 

@@ -87,7 +87,7 @@ def test_it_comes_nearer_to_the_uncompressed_model(base, steps, format):
 def test_the_report_has_the_divergence_of_stored_values(tmp_path, base):
     model, report = made(base, [PRUNE, INT8, recover()])
     save(model, report, tmp_path / "out", base)
-    whole, held = load_model(base, torch.float32), texts(16, 0)
+    whole, (_, held) = load_model(base, torch.float32), tune.divided(texts(64, 1))
     for loaded in (load(tmp_path / "out"), load(tmp_path / "out", dense=True)):
         total = 0.0
         for text in held:
@@ -218,9 +218,16 @@ def test_a_wrong_option_is_refused(options, said):
 def test_it_is_refused_without_texts_before_any_work(base):
     model = load_model(base, torch.float32)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(CaloraError, match=r"recover\.tune: expected texts to learn from"):
+    with pytest.raises(CaloraError, match=r"recover\.tune: expected 2 texts or more"):
         compress(model, [PRUNE, recover()], Calibration(texts(16, 0)))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("count, held", [(2, 1), (9, 1), (10, 1), (19, 2), (64, 6), (1600, 64), (1605, 62)])
+def test_texts_are_held_back_from_all_of_them_and_never_learnt_from(count, held):
+    learnt, kept = tune.divided(range(count))
+    assert len(kept) == held and sorted([*learnt, *kept]) == list(range(count))
+    assert max(b - a for a, b in itertools.pairwise([0, *kept, count])) <= max(10, 2 * count / held)
 
 
 def test_a_budget_for_nothing_is_refused(base):

@@ -106,8 +106,8 @@ def compress(
     if not calibration.examples:
         raise CaloraError("calibration", "at least one text", "none", "give it texts")
     tuned = [options for step, options in steps if step == "recover" and options.tuning]
-    if tuned and not calibration.tuning:
-        raise CaloraError("recover.tune", "texts to learn from", "none", "give the calibration some, or leave it out")
+    if tuned:
+        tune.divided(calibration.tuning)  # before hours of work
     before = {name: tensor.nbytes for name, tensor in model.state_dict().items()}
     stored = model.dtype
     precision = partial(computing_in, model, compute or _fast(stored), stored)
@@ -212,7 +212,7 @@ def _tuned(
     """Tune the recovery; what the report says of it."""
     assert options.tuning
     texts = calibration.tuning
-    errors = tune.tune(model, teacher, texts, calibration.examples, options.tuning, options.format, dtype)
+    errors = tune.tune(model, teacher, texts, options.tuning, options.format, dtype)
     return {"texts": len(texts), "sha256": fingerprint_of(texts), "divergence": errors}
 
 

@@ -8,8 +8,10 @@ loss looks at the whole model too.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +22,20 @@ from calora.common.divergence import divergence
 from calora.common.progress import progress
 from calora.compression.options import FIX, whole
 from calora.errors import CaloraError
+from calora.layers.layout import dense_layer, own_weight
+from calora.layers.nf4 import Nf4Linear
+from calora.layers.packed import PackedLinear
 from calora.models.anatomy import linear_layers
 from calora.models.families import family_of
 from calora.models.moments import as_read
 from calora.models.tasks import Example
-from calora.recovery.shared import CHILD, Factors, SharedRecovery, shared_of
+from calora.recovery.shared import Factors, SharedRecovery, attach_shared, detach_shared, shared_of
 
 SEED = 0  # of the order of the texts
 WARM = 0.1  # share of the steps in which the learning rate rises
+HELD = 64  # texts, at most, that nothing is learnt from
 Group = Mapping[str, nn.Linear]  # the layers that share D, by name
+Recoveries = Mapping[str, SharedRecovery]
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,6 @@ def tune(
     model: PreTrainedModel,
     teacher: PreTrainedModel,
     texts: Sequence[Example],
-    held: Sequence[Example],
     tuning: Tuning,
     format: str,
     dtype: torch.dtype,
@@ -72,16 +78,28 @@ def tune(
     Args:
         model: compressed, frozen; its layers keep their stored form.
         teacher: the uncompressed model.
-        texts, held: what is learnt from, and what the divergence is measured on before and after.
+        texts: at least 2; one of ten or more is held back, and what is kept is decided on those.
         format, dtype: of the factors, as in `Factors.of`.
 
     Returns:
-        L on `held`, nats a token, [before, after], both of stored values.
+        L on the texts that are held back, nats a token, [before, after], both of stored values.
 
     Raises:
         CaloraError: there is no recovery, or the loss is not finite.
     """
-    texts, held = ([_at_every_position(model, text) for text in part] for part in (texts, held))
+    learnt, held = ([_at_every_position(model, text) for text in part] for part in divided(texts))
+    with _dense(model, teacher.dtype):
+        return _tune(model, teacher, learnt, held, tuning, partial(_encoded, format=format, dtype=dtype))
+
+
+def _tune(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    texts: Sequence[Example],
+    held: Sequence[Example],
+    tuning: Tuning,
+    encoded: Callable[[Recoveries], dict[str, SharedRecovery]],
+) -> list[float]:
     groups = _groups(model)
     stored = [_taken(group) for group in groups]
     before = _measured(model, teacher, held, tuning.batch_size)
@@ -89,12 +107,52 @@ def tune(
         _put(group, _trainable(own))
     _descend(model, teacher, texts, tuning, [_taken(group) for group in groups])
     for group in groups:
-        _put(group, _encoded(_taken(group), format, dtype))
+        _put(group, encoded(_taken(group)))
     after = _measured(model, teacher, held, tuning.batch_size)
     if not after < before:  # nor if it is NaN
         for group, own in zip(groups, stored, strict=True):
             _put(group, own)
     return [float(f"{value:.6g}") for value in (before, after)]
+
+
+@contextmanager
+def _dense(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
+    """Packed layers dense meanwhile, with the same values: they would be unpacked in each pass."""
+    packed = {
+        name: layer for name, layer in linear_layers(model).items() if isinstance(layer, PackedLinear | Nf4Linear)
+    }
+    for name, layer in packed.items():
+        dense = dense_layer(own_weight(layer, dtype), layer.bias)
+        _move(layer, dense)
+        model.set_submodule(name, dense)
+    try:
+        yield
+    finally:
+        for name, layer in packed.items():
+            _move(model.get_submodule(name), layer)
+            model.set_submodule(name, layer)
+
+
+def _move(old: nn.Module, new: nn.Module) -> None:
+    """Put the recovery of one layer, if it has one, beside another."""
+    recovery = detach_shared(old)
+    if recovery is not None:
+        attach_shared(new, recovery)
+
+
+def divided(texts: Sequence[Example]) -> tuple[list[Example], list[Example]]:
+    """(What is learnt from, what is held back): evenly from wherever the texts come, which are in the order of that.
+
+    Raises:
+        CaloraError: there are fewer than 2.
+    """
+    if len(texts) < 2:
+        raise CaloraError(
+            "recover.tune", "2 texts or more, to learn from and to hold back", len(texts), "give it texts"
+        )
+    every = min(len(texts), max(10, math.ceil(len(texts) / HELD)))
+    held = range(every // 2, len(texts), every)
+    return [text for i, text in enumerate(texts) if i not in held], [texts[i] for i in held]
 
 
 def _at_every_position(model: PreTrainedModel, text: Example) -> Example:
@@ -120,12 +178,13 @@ def _taken(group: Group) -> dict[str, SharedRecovery]:
     return {name: recovery for name, layer in group.items() if (recovery := shared_of(layer))}
 
 
-def _put(group: Group, recoveries: Mapping[str, SharedRecovery]) -> None:
+def _put(group: Group, recoveries: Recoveries) -> None:
     for name, recovery in recoveries.items():
-        group[name].add_module(CHILD, recovery)
+        detach_shared(group[name])
+        attach_shared(group[name], recovery)
 
 
-def _trainable(stored: Mapping[str, SharedRecovery]) -> dict[str, SharedRecovery]:
+def _trainable(stored: Recoveries) -> dict[str, SharedRecovery]:
     """The same maps in fp32, each input of D and output of U scaled to a largest value of 1.
 
     A step of AdamW is as long for every value: without the scales it would ruin what meets the largest activations.
@@ -142,7 +201,7 @@ def _trainable(stored: Mapping[str, SharedRecovery]) -> dict[str, SharedRecovery
     return made
 
 
-def _encoded(trained: Mapping[str, SharedRecovery], format: str, dtype: torch.dtype) -> dict[str, SharedRecovery]:
+def _encoded(trained: Recoveries, format: str, dtype: torch.dtype) -> dict[str, SharedRecovery]:
     """The maps as they are stored."""
     factors = {name: recovery.values() for name, recovery in trained.items()}
     down = next(iter(factors.values()))[0].detach()
@@ -155,7 +214,7 @@ def _descend(
     teacher: PreTrainedModel,
     texts: Sequence[Example],
     tuning: Tuning,
-    trained: Sequence[Mapping[str, SharedRecovery]],
+    trained: Sequence[Recoveries],
 ) -> None:
     """Train the factors."""
     tensors = [tensor for group in trained for one in group.values() for tensor in (one.down, one.up)]

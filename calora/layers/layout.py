@@ -161,11 +161,12 @@ def dense_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
     """The dense view of any layer's weight, with its recovery."""
     recovery = shared_of(layer)
     if recovery is not None:
-        return (_own_weight(layer, torch.float32) + recovery.weight()).to(dtype)
-    return _own_weight(layer, dtype)
+        return (own_weight(layer, torch.float32) + recovery.weight()).to(dtype)
+    return own_weight(layer, dtype)
 
 
-def _own_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
+def own_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
+    """The dense view of any layer's weight, without its recovery."""
     if isinstance(layer, PackedLinear | PackedEmbedding | Nf4Linear | ExpertLinear):
         return layer.dense_weight(dtype)
     return layer.get_parameter("weight").detach().to(dtype)

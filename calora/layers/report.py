@@ -17,8 +17,8 @@ class Report:
     Args:
         recipe: the steps, each {name: options}.
         calibration: `texts` (their number) and `sha256` (of their tokens).
-        tuned: of a recovery that was tuned: `texts` and `sha256` of what it learnt from, and `divergence` of the calibration
-            texts before and after (`compression.tune`), of which the lower one's factors are kept; else empty.
+        tuned: of a recovery that was tuned: `texts` and `sha256` of what it was given, and `divergence` of those of them that
+            were held back, before and after (`compression.tune`), of which the lower one's factors are kept; else empty.
         layers: layer -> how it is stored, `bytes_before`, `bytes_after`, and `steps`: what each step says of it, with
             `output_error`, the relative error of its output, where it kept its shape.
         blocks: block -> relative error of its output after all steps, on the inputs that the blocks before it give.

@@ -171,6 +171,15 @@ def attach_shared(layer: nn.Module, recovery: SharedRecovery) -> None:
     recovery.hook = layer.register_forward_hook(_add)
 
 
+def detach_shared(layer: nn.Module) -> SharedRecovery | None:
+    """Take the recovery, if there is one, from a layer of the base."""
+    recovery = shared_of(layer)
+    if recovery is not None:
+        recovery.hook.remove()
+        del layer._modules[CHILD]
+    return recovery
+
+
 def shared_of(layer: nn.Module) -> SharedRecovery | None:
     """The recovery of a layer of the base, if it has one."""
     found: Any = layer._modules.get(CHILD)
