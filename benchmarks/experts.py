@@ -25,7 +25,7 @@ from calora.common.batching import epoch_batches, length_batches
 from calora.common.progress import progress
 from calora.compression import compress
 from calora.compression.walk import Calibration
-from calora.evaluation.predict import accuracy
+from calora.evaluation.predict import score
 from calora.inheritance.inherit import carry_lora
 from calora.layers.report import Report
 from calora.models.families import pad
@@ -170,7 +170,7 @@ def swiglu() -> None:
         if silent:
             for block in model.model.layers:
                 block.mlp.down_proj.weight.zero_()
-        return accuracy(model, task, tokenizer, examples, 32), energies(report) if report else ""
+        return score(model, task, tokenizer, examples, 32), energies(report) if report else ""
 
     whole, _ = scored(None)
     print(f"LLM + LoRA, dense: {whole:.3f} on {len(examples)} validation texts of movies")

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from calora.adapters.folder import read_plain_lora
 from calora.adapters.lora import attach_adapter, set_active
 from calora.compressed import load
-from calora.evaluation.predict import accuracy
 from calora.models.anatomy import linear_layers
 from calora.models.loading import load_model, load_tokenizer
 from calora.models.moments import input_second_moments
@@ -44,10 +43,10 @@ def main() -> None:
     layers, whole = linear_layers(model), linear_layers(uncompressed)
     weights = {key: layer.weight.detach().clone() for key, layer in layers.items()}
 
-    def score() -> float:
-        return accuracy(model, task, tokenizer, validation, 32)
+    def measured() -> float:
+        return score(model, task, tokenizer, validation, 32)
 
-    print(f"{len(validation)} validation texts; inherited LoRA alone: {score():.3f}", flush=True)
+    print(f"{len(validation)} validation texts; inherited LoRA alone: {measured():.3f}", flush=True)
     moments = {
         "compressed": dict(input_second_moments(model, texts, layers)),
         "uncompressed": dict(input_second_moments(uncompressed, texts, whole)),
@@ -58,7 +57,7 @@ def main() -> None:
                 error = whole[key].weight.float() - weights[key].float()
                 p, q = best_linear_correction(error, moment[key], rank)
                 layer.weight.data.copy_(weights[key].float() + (p @ q).T)
-            print(f"inputs of the {source} model, rank {rank}: {score():.3f}", flush=True)
+            print(f"inputs of the {source} model, rank {rank}: {measured():.3f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from calora.common.files import write_text
 from pipeline.experiment import Experiment, differing, read_experiment
 from pipeline.page import page
 from pipeline.seeds import over_seeds
-from stages.tables import short
+from stages.scored import value_of
+from stages.tables import short, with_metric
 
 REPORT = Path("results/report.html")
 WIDE = 160  # columns where the output is no terminal
@@ -35,7 +36,7 @@ def compare(root: Path, names: Sequence[str]) -> Path:
 
 
 def overview(experiments: dict[str, Experiment]) -> Table:
-    """A line for each experiment, task and recipe: the methods' accuracies, what ours gains, and the parameters that differ."""
+    """A line for each experiment, task and recipe: the methods' scores, what ours gains, and the parameters that differ."""
     params = list(next(iter(experiments.values())).params)
     rows = [
         (name, task, recipe, found.metrics, one.params)
@@ -55,8 +56,10 @@ def overview(experiments: dict[str, Experiment]) -> Table:
         table.add_column(column, justify=side, overflow="fold", no_wrap=column == "experiment")
     for name, task, recipe, metrics, values in rows:
         found = metrics["methods"]
-        scores = [f"{found[key]['accuracy']:.3f}" if key in found else "" for key in methods]
+        scores = [f"{value_of(found[key]):.3f}" if key in found else "" for key in methods]
         gain = f"{metrics['difference']['value']:+.3f}" if "difference" in metrics else ""
         size = f"{found[metrics['ours']]['bytes_on_disk'] / 1e6:.1f}" if metrics["ours"] in found else ""
-        table.add_row(name, task, recipe, *scores, gain, size, *(str(values[key]) for key in params))
+        table.add_row(
+            name, with_metric(task, metrics), recipe, *scores, gain, size, *(str(values[key]) for key in params)
+        )
     return table

@@ -18,12 +18,12 @@ WORKSPACE = "workspace"
 
 @dataclass(frozen=True)
 class Found:
-    """What one task and recipe gave: metrics.json, the validation curves, layer -> [error before, after], and method -> whether each test item is right."""
+    """What one task and recipe gave: metrics.json, the validation curves, layer -> [error before, after], and method -> the score of each test item."""
 
     metrics: dict[str, Any]
     curves: dict[str, Any]
     errors: dict[str, list[float]] = field(default_factory=dict)
-    correct: dict[str, list[int]] = field(default_factory=dict)
+    items: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,12 @@ def _found(text: Callable[[str], str], place: str) -> Found:
         raise ValueError("results of an earlier version")
     method = yaml.safe_load(text("params.yaml"))["evaluate"]["ours"]
     errors = json.loads(text(f"models/inherited/{place}/{method}/inherit.json")).get("errors", {})
-    return Found(metrics, curves, errors, {method: said["correct"] for method, said in answers.items()})
+    return Found(metrics, curves, errors, {method: items_of(said) for method, said in answers.items()})
+
+
+def items_of(said: Mapping[str, Any]) -> list[float]:
+    """The scores of a method's test items, whose mean is the metric that counts; results of before have hits alone."""
+    return list(said["items"] if "items" in said else said["correct"])
 
 
 def flat(params: dict[str, Any], above: str = "") -> dict[str, Any]:

@@ -40,6 +40,12 @@ def imports_of(file: str) -> set[str]:
     return found
 
 
+def values_of(file: str) -> list[str]:
+    """What stands beside a module under its name, such as stages/tasks.yaml, is a part of it."""
+    beside = Path(file).with_suffix(".yaml").as_posix()
+    return [beside] if (ROOT / beside).exists() else []
+
+
 def files_of(stage: str) -> list[str]:
     """All tracked files that `stages/<stage>.py` uses, itself first."""
     seen: set[str] = set()
@@ -47,7 +53,7 @@ def files_of(stage: str) -> list[str]:
     while todo:
         file = todo.pop()
         if file not in seen and file not in UNTRACKED:
-            seen.add(file)
+            seen |= {file, *values_of(file)}
             todo += imports_of(file)
     return sorted(seen, key=lambda file: (file != f"stages/{stage}.py", file))
 
@@ -56,7 +62,7 @@ def keys_of(stage: str) -> set[str]:
     """The keys of params.yaml that a stage reads, wherever in its files: each chain of attributes behind `params`."""
     found: set[str] = set()
     for file in files_of(stage):
-        if file.startswith("stages/"):
+        if file.startswith("stages/") and file.endswith(".py"):
             tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
             inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
             chains = (

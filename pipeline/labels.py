@@ -12,17 +12,18 @@ import numpy as np
 
 from calora.common.files import write_text
 from calora.evaluation.statistics import OverSeeds, difference_over_seeds, mean_over_seeds
-from pipeline.experiment import files_of
+from pipeline.experiment import files_of, items_of
 from pipeline.seeds import NOTE, spelled
 from pipeline.sweep import sweep
 from stages import plots
-from stages.looks import key_of, look_of
+from stages.looks import METRICS, key_of, look_of
 from stages.methods import LABELS
+from stages.scored import metric_of
 from stages.tables import Table, interval, short
 
 FRESH, OURS, FREE = "clm_lora", "calora", "calora_free"
 METHODS = (FREE, FRESH, "no_recover", OURS)
-Hits = dict[str, dict[int, Any]]  # method -> number of labels -> whether each item is right, [seeds, items]
+Hits = dict[str, dict[int, Any]]  # method -> number of labels -> the score of each item, [seeds, items]
 Scores = dict[str, dict[int, OverSeeds]]
 
 
@@ -36,23 +37,27 @@ def labels(
     names = sweep(root, f"labels-{task}-{recipe}", [{**shared, **cell(*run)} for run in runs], name_of)
     found = {run: of_experiment(root, name, task, recipe) for run, name in zip(runs, names, strict=True)}
     hits: Hits = {}
+    metrics = found[runs[0]][2]
+    metric, bounded = metric_of(metrics), metrics.get("per_item", True)
     for count, method in itertools.product(counts, METHODS):
         if method in compared(count) and (method != FREE or count == counts[0]):
-            rows = [found[count, seed][0][key_of(method)]["correct"] for seed in seeds]
+            rows = [items_of(found[count, seed][0][key_of(method)]) for seed in seeds]
             hits.setdefault(method, {})[count] = np.array(rows, float)
     curves = {count: mean_curves([found[count, seed][1] for seed in seeds]) for count in counts}
     scores = {
-        method: {count: mean_over_seeds(rows) for count, rows in hits[method].items()}
+        method: {count: mean_over_seeds(rows, bounded) for count, rows in hits[method].items()}
         for method in METHODS
         if method in hits
     }
     title, stem = f"{task}, {recipe}", root / f"results/labels-{task}-{recipe}"
-    write_text(stem.with_suffix(".md"), table_of(f"Labels: {title}", hits, scores, seeds).markdown() + "\n")
+    write_text(
+        stem.with_suffix(".md"), table_of(f"Labels: {title}", hits, scores, seeds, metric, bounded).markdown() + "\n"
+    )
     shown = {
-        key_of(method): {count: {"accuracy": one.value, "ci": list(one.ci)} for count, one in ones.items()}
+        key_of(method): {count: {"score": one.value, "ci": list(one.ci)} for count, one in ones.items()}
         for method, ones in scores.items()
     }
-    plots.labels(shown, key_of(FREE), curves, title).savefig(stem.with_suffix(".png"), dpi=130)
+    plots.labels(shown, key_of(FREE), curves, title, metric).savefig(stem.with_suffix(".png"), dpi=130)
     return stem.with_suffix(".md")
 
 
@@ -72,13 +77,16 @@ def name_of(changed: Mapping[str, Any]) -> str:
     return f"{changed[f'methods.{OURS}.loss.labels']}-seed{changed['seed']}"
 
 
-def of_experiment(root: Path, name: str, task: str, recipe: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The answers of each method, and its validation curve."""
+def of_experiment(
+    root: Path, name: str, task: str, recipe: str
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """The answers of each method, its validation curve, and metrics.json."""
     files = files_of(root, name)
-    answers, curves = (
-        json.loads(files(f"models/evaluated/{task}/{recipe}/{part}.json")) for part in ("predictions", "curves")
+    answers, curves, metrics = (
+        json.loads(files(f"models/evaluated/{task}/{recipe}/{part}.json"))
+        for part in ("predictions", "curves", "metrics")
     )
-    return answers, curves
+    return answers, curves, metrics
 
 
 def mean_curves(seeds: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, float]]]:
@@ -92,16 +100,18 @@ def mean_curves(seeds: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, 
     }
 
 
-def table_of(title: str, hits: Hits, scores: Scores, seeds: Sequence[int]) -> Table:
+def table_of(
+    title: str, hits: Hits, scores: Scores, seeds: Sequence[int], metric: str = "accuracy", bounded: bool = True
+) -> Table:
     """A line for each number of labels and method, the start without any step first; CA-LoRA against a fresh LoRA below."""
-    heads = ["accuracy", "95 % interval", *(f"seed {seed}" for seed in seeds)]
+    heads = [METRICS[metric], "95 % interval", *(f"seed {seed}" for seed in seeds)]
     table = Table(f"{title}, seeds {', '.join(map(str, seeds))}", ["labels", "method", *heads], {1, 3})
     rows = [(count, method, one) for method, ones in scores.items() for count, one in ones.items()]
     for count, method, one in sorted(rows, key=lambda row: (row[1] != FREE, row[0])):
         told = "0" if method == FREE else str(count)
         table.rows.append([told, look_of(key_of(method)).label, *spelled(one)])
     for count in hits.get(FRESH, {}):
-        gain = difference_over_seeds(hits[OURS][count], hits[FRESH][count])
+        gain = difference_over_seeds(hits[OURS][count], hits[FRESH][count], bounded)
         names = " - ".join(short(key_of(method)).removeprefix("+ ") for method in (OURS, FRESH))
         table.notes.append(f"{names} with {count} labels: {gain.value:+.3f} {interval(gain.ci, '+')}.")
     table.notes.append("Which step's parameters are kept is chosen on the labelled validation texts, in every line.")

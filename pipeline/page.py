@@ -19,8 +19,9 @@ from matplotlib.figure import Figure
 from pipeline.experiment import Experiment, Found
 from pipeline.seeds import over_seeds
 from stages import plots
-from stages.looks import BLACK
+from stages.looks import BLACK, METRICS
 from stages.means import over_tasks
+from stages.scored import metric_of, value_of
 from stages.tables import Table, of_methods, of_runs
 
 INK = "#010203"  # stands for the colour of the page's text, which a viewer's light or dark setting decides
@@ -97,8 +98,9 @@ def of_task(task: str, rows: Mapping[str, Found], alone: bool, detailed: bool) -
         first = shown(partial(plots.recipes_against_bytes, metrics, task), "Each recipe: inherited LoRA to CA-LoRA.")
     else:
         scores = {row: compared(metrics[row]) for row in sorted(rows, key=lambda row: -best(metrics[row]))}
-        first = shown(partial(plots.ranking, scores, task), "Each run, the best first, with 95 % intervals.")
-    front = shown(partial(plots.front, metrics, task), "Every method; the line is the best accuracy for the bytes.")
+        metric = metric_of(next(iter(metrics.values())))
+        first = shown(partial(plots.ranking, scores, task, metric), "Each run, the best first, with 95 % intervals.")
+    front = shown(partial(plots.front, metrics, task), "Every method; the line is the best score for the bytes.")
     return Part(task, table, [first, front], list(of_each(task, rows)) if detailed else [])
 
 
@@ -108,20 +110,23 @@ def compared(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def best(metrics: Mapping[str, Any]) -> float:
-    """The accuracy of our method; without it, the best of all."""
+    """The score of our method; without it, the best of all."""
     own = metrics["methods"].get(metrics["ours"])
-    return float(own["accuracy"] if own else max(m["accuracy"] for m in metrics["methods"].values()))
+    return value_of(own) if own else max(map(value_of, metrics["methods"].values()))
 
 
 def of_each(task: str, rows: Mapping[str, Found]) -> Iterator[Part]:
     """Each row of one task on its own."""
     drawn: dict[str, str] = {}  # layer errors -> the row that shows them: runs that start alike share them
     for row, found in rows.items():
-        title = f"{task}, {row}"
+        title, metric = f"{task}, {row}", metric_of(found.metrics)
         figures = [shown(partial(plots.accuracy_against_bytes, found.metrics, title), "Methods, 95 % intervals.")]
         if found.curves:
             figures.append(
-                shown(partial(plots.convergence, found.curves, title), "Validation accuracy while training.")
+                shown(
+                    partial(plots.convergence, found.curves, title, metric),
+                    f"Validation {METRICS[metric]} while training.",
+                )
             )
         same = drawn.setdefault(repr(found.errors), row)
         if found.errors and same == row:

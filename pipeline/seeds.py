@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from calora.evaluation.statistics import Estimate, OverSeeds, difference_over_seeds, mean_over_seeds, mean_over_tasks
 from pipeline.experiment import Experiment, Found
-from stages.tables import Table, interval, short
+from stages.tables import Table, interval, short, with_metric
 
 NOTE = "Intervals are over seeds and test items together."
 ROWS = ("tasks", "recipes", "compare")  # which others a run had beside does not matter
@@ -26,7 +26,8 @@ def over_seeds(experiments: Mapping[str, Experiment]) -> Table | None:
         if len(seeds) > 1 and (found := compared(list(seeds.values()))):
             same = (*row, ", ".join(map(str, seeds)))
             together.setdefault(same, []).append(found)
-            table.rows.append([task, *same, *found.cells()])
+            metrics = next(iter(seeds.values())).metrics
+            table.rows.append([with_metric(task, metrics), *same, *found.cells()])
     for same, tasks in together.items():
         if len(tasks) > 1:
             table.rows.append([f"mean of {len(tasks)} tasks", *same, *mean_of(tasks).cells()])
@@ -68,10 +69,12 @@ class Compared:
 def compared(seeds: list[Found]) -> Compared | None:
     """The two over seeds; None where a run has not both."""
     names = (seeds[0].metrics["ours"], seeds[0].metrics["baseline"])
-    if any(name not in found.correct for found in seeds for name in names):
+    if any(name not in found.items for found in seeds for name in names):
         return None
-    own, fresh = ([found.correct[name] for found in seeds] for name in names)
-    return Compared(names, mean_over_seeds(own), mean_over_seeds(fresh), difference_over_seeds(own, fresh))
+    own, fresh = ([found.items[name] for found in seeds] for name in names)
+    bounded = seeds[0].metrics.get("per_item", True)
+    ours, baseline = (mean_over_seeds(rows, bounded) for rows in (own, fresh))
+    return Compared(names, ours, baseline, difference_over_seeds(own, fresh, bounded))
 
 
 def mean_of(tasks: list[Compared]) -> Compared:

@@ -17,7 +17,7 @@ from prefect.artifacts import (
 
 from calora.common.files import write_text
 from calora.errors import CaloraError
-from pipeline.experiment import WORKSPACE, Experiment, differing, read_experiment
+from pipeline.experiment import WORKSPACE, Experiment, differing, flat, read_experiment
 from pipeline.page import page
 from stages import plots
 
@@ -89,6 +89,6 @@ def difference(before: dict[str, Any], after: dict[str, Any]) -> list[dict[str, 
         }
         for task, recipes in after.items()
         for recipe, metrics in recipes.items()
-        for metric, new in metrics.items()
-        for old in [before.get(task, {}).get(recipe, {}).get(metric, "")]
+        for metric, new in flat(metrics).items()
+        for old in [flat(before.get(task, {}).get(recipe, {})).get(metric, "")]
     ]  # fmt: skip

@@ -29,22 +29,42 @@ def _key(value: Any) -> str | None:
 
 
 def places_of(labels: Sequence[object], where: str) -> dict[str, int]:
-    """What each label is found by, and its place."""
-    places = {key: place for place, label in enumerate(labels) if (key := _key(label)) is not None}
-    if len(places) < len(labels):
+    """What each label is found by, and its place; a list of labels is one label, however a file writes it."""
+    every = [
+        (place, one) for place, label in enumerate(labels) for one in (label if isinstance(label, list) else [label])
+    ]
+    places = {key: place for place, label in every if (key := _key(label)) is not None}
+    if len(places) < len(every):
         raise CaloraError(where, "labels that differ", labels, "correct them in params.yaml")
     return places
 
 
-def label_of(value: Any, places: dict[str, int], where: str) -> int | None:
-    """The place of a label; None where it is missing, which GLUE's test sets write as -1."""
+def label_of(value: Any, places: Mapping[str, int], where: str, missing: Sequence[object] = ()) -> int | None:
+    """The place of a label; None where it is missing, which GLUE's test sets write as -1, and other files as one of `missing`."""
     key = _key(value)
-    if key in places:
+    if key is not None and key in places:
         return places[key]
-    if key == "-1" or value is None or (key is None and isinstance(value, str | float)):
+    if key in ("-1", *map(_key, missing)) or value is None or (key is None and isinstance(value, str | float)):
         return None
     fix = "check `labels` in params.yaml (YAML reads yes, no and null as no texts: quote them)"
     raise CaloraError(where, f"a label among {', '.join(places)}", repr(value)[:80], fix)
+
+
+def choices_of(value: Any) -> tuple[list[str], list[str]] | None:
+    """The texts of a list of choices, and what each is called; None where there is no such list.
+
+    A list of texts, whose names are 0, 1, ..., and `{text: [...], label: [...]}`, as ARC and CommonsenseQA have it.
+    """
+    names: Any = None
+    if isinstance(value, Mapping):
+        value, names = value.get("text"), value.get("label")
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return None
+    texts = [text_of(one) for one in value]
+    names = list(range(len(texts))) if names is None else names
+    if len(texts) < 2 or not all(isinstance(one, str) and one.strip() for one in texts) or len(names) != len(texts):
+        return None
+    return texts, [str(name) for name in names]
 
 
 def answer_of(value: Any, where: str) -> str | list[str] | None:

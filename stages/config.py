@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -15,6 +16,7 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     TypeAdapter,
@@ -25,7 +27,9 @@ from pydantic import (
 )
 
 from calora.errors import CaloraError
+from calora.models.tasks import Likelihood
 from stages.resolve import resolve
+from stages.tasks import filled
 
 PARAMS = Path("params.yaml")
 Positive = Annotated[int, Field(ge=1)]
@@ -104,18 +108,27 @@ class Archive(Section):
 
 
 class Prompted(Section):
-    """What every data set says of its task."""
+    """What every data set says of its task; of `likelihood` and `metrics` see `calora.models.tasks.Task`, which has their defaults."""
 
     prompt: str
     answers: list[str]
     max_tokens: Positive
     max_new_tokens: Positive
+    likelihood: Likelihood | None = None
+    metrics: Annotated[list[Literal["accuracy", "f1", "macro_f1", "matthews", "em"]], Field(min_length=1)] | None = None
 
     @model_validator(mode="after")
     def _a_choice(self) -> Self:
-        if len(self.answers) == 1:
-            raise ValueError("two answers or more, or none (a generated answer)")
+        if len(self.answers) == 1 and "{" not in self.answers[0]:
+            expected = (
+                "two answers or more, one with the column that holds a list of them, or none (a generated answer)"
+            )
+            raise ValueError(expected)
         return self
+
+
+Value = str | int | bool
+Names = Annotated[list[str], Field(min_length=1)]  # the first of them that there is
 
 
 class LabelColumns(Section):
@@ -129,24 +142,28 @@ class LabelColumns(Section):
 class Columned(Prompted):
     """Rows with named columns in splits of their own; validation may be null: then it is split off train.
 
-    `label` names the column of the label or of the answer; `labels` are its values, in the order of `answers`.
+    `label` names the column of the label or of the answer (a list: the first that there is); `labels` are its values,
+    in the order of `answers` (a list in it: values that mean the same). `columns` says under which names files have
+    columns of the prompt and the answers that they call otherwise. `missing` are values of the label that stand for none,
+    `incomplete` is what becomes of a row without one of the texts.
     """
 
-    train: str
-    validation: str | None
-    test: str
-    label: str | LabelColumns
-    labels: list[str | int | bool]
+    label: str | Names | LabelColumns
+    labels: list[Value | Annotated[list[Value], Field(min_length=1)]]
+    columns: dict[str, Names] = {}
+    missing: list[Value] = []
+    incomplete: Literal["refuse", "leave_out"] = "refuse"
 
-    def label_of(self, split: str) -> str:
-        """The label's column in the file of a split."""
-        if isinstance(self.label, str):
-            return self.label
-        return getattr(self.label, split) or self.label.train
+    def labels_of(self, split: str) -> list[str]:
+        """The names that the label's column may have in the file of a split."""
+        if isinstance(self.label, LabelColumns):
+            return [getattr(self.label, split) or self.label.train]
+        return [self.label] if isinstance(self.label, str) else self.label
 
     @model_validator(mode="after")
     def _a_label_each(self) -> Self:
-        if len(self.labels) != len(self.answers):
+        listed = len(self.answers) == 1  # as many answers as a row has
+        if len(self.labels) != len(self.answers) and not listed:
             raise ValueError(f"as many labels as answers ({len(self.labels)} labels, {len(self.answers)} answers)")
         return self
 
@@ -161,9 +178,12 @@ class Scores(Prompted):
 
 
 class Files(Columned):
-    """Files inside own/ (jsonl, json, csv, tsv, each as .gz too, and parquet), one a split."""
+    """Files inside own/ (jsonl, json, csv, tsv, each as .gz too, and parquet), one a split; of a list the first that there is."""
 
     source: Literal["files"]
+    train: str | Names
+    validation: str | Names | None
+    test: str | Names
 
 
 class HubData(Columned):
@@ -173,9 +193,13 @@ class HubData(Columned):
     repo: str
     revision: Commit
     subset: str | None
+    train: str
+    validation: str | None
+    test: str
 
 
-DataSet = Annotated[Scores | Files | HubData, Field(discriminator="source")]
+# `like` names an entry of stages/tasks.yaml, which says the rest (`stages.tasks`).
+DataSet = Annotated[Scores | Files | HubData, Field(discriminator="source"), BeforeValidator(filled)]
 ANY_SET: TypeAdapter[Scores | Files | HubData] = TypeAdapter(DataSet)
 
 
@@ -224,7 +248,7 @@ def without_unread(raw: Any) -> Any:
 
 
 def _is_right(entry: Any) -> bool:
-    if isinstance(entry, dict) and entry.get("source") == "scores":
+    if isinstance(entry, Mapping) and entry.get("source") == "scores":
         return True  # the calibration reads it: a mistake in it has to be named
     try:
         ANY_SET.validate_python(entry)

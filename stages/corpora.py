@@ -7,14 +7,17 @@ splits are disjoint, they stay as they are when sizes change, and no calibration
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 from calora.errors import CaloraError
 from calora.models.tasks import Task
-from stages.cells import answer_of, label_of, places_of, text_of
+from stages.cells import answer_of, choices_of, label_of, places_of, text_of
 from stages.config import Archive, DataSet, Files, HubData, Params, Scores
 from stages.files import Rows, own_path, read_file
 from stages.sources import fetch, first_line, read_member
+from stages.tasks import READY
 
 SPLITS = ("train", "validation", "test")
 NETWORK = {
@@ -27,7 +30,9 @@ NETWORK = {
 
 def task_of(name: str, source: DataSet) -> Task:
     """The task that a data set defines."""
-    return Task(name, source.prompt, tuple(source.answers), source.max_tokens, source.max_new_tokens)
+    more: dict[str, Any] = {"likelihood": source.likelihood, "metrics": source.metrics and tuple(source.metrics)}
+    said = {key: value for key, value in more.items() if value is not None}
+    return Task(name, source.prompt, tuple(source.answers), source.max_tokens, source.max_new_tokens, **said)
 
 
 def split_pools(params: Params, source: DataSet, task: Task) -> dict[str, Rows]:
@@ -45,7 +50,8 @@ def split_pools(params: Params, source: DataSet, task: Task) -> dict[str, Rows]:
         kept = []
         for row in pools[split]:
             task.render(row)  # raises where a column is missing or empty
-            key = " ".join(" ".join(str(row[c]) for c in task.columns).lower().split())
+            columns = dict.fromkeys([*task.columns, *task.answer_columns])
+            key = " ".join(" ".join(str(row[c]) for c in columns).lower().split())
             if key not in seen:
                 seen.add(key)
                 kept.append((hashlib.sha256(key.encode()).hexdigest(), row))
@@ -83,7 +89,7 @@ def read_scores(source: Scores, archive: Archive) -> Rows:
 
 def _own_splits(source: Files | HubData, task: Task, validation: float) -> dict[str, Rows]:
     _check_splits(source, task)
-    pools = {split: _labelled(*_read(source, split), source, task, split) for split in SPLITS}
+    pools = {split: _labelled(*_read(source, task, split), source, task, split) for split in SPLITS}
     if source.validation is None:
         train = pools["train"]
         names = [
@@ -98,10 +104,11 @@ def _check_splits(source: Files | HubData, task: Task) -> None:
     """Raise where two splits are the same rows: a text is in one split only, so one of them would be empty."""
     taken: dict[Path, str] = {}
     for split in SPLITS:
-        name: str | None = getattr(source, split)
+        name = getattr(source, split)
         if name is not None:
             own = isinstance(source, Files)
-            place = own_path(name, f"data.sets.{task.name}.{split}").resolve() if own else Path(name)
+            name = str(_file(name, f"data.sets.{task.name}.{split}")) if own else name
+            place = Path(name).resolve() if own else Path(name)
             if place in taken:
                 raise CaloraError(
                     f"data.sets.{task.name}",
@@ -112,13 +119,28 @@ def _check_splits(source: Files | HubData, task: Task) -> None:
             taken[place] = split
 
 
-def _read(source: Files | HubData, split: str) -> tuple[str, Rows]:
+def _file(names: str | list[str], where: str) -> Path:
+    """The path inside own/ of a file; of several names the one that is there, compressed or not."""
+    if isinstance(names, str):
+        return own_path(names, where)
+    found = [path for name in names for path in (name, f"{name}.gz") if Path(path).exists()]
+    if found:
+        return own_path(found[0], where)
+    folder = Path(names[0]).parent
+    there = ", ".join(sorted(path.name for path in folder.glob("*"))[:12]) or "nothing"
+    expected = " or ".join(Path(name).name for name in names) + f" (.gz too) in {folder}"
+    fix = f"put the official file there, or name yours, as stages/{READY.name} has them: `{where.rsplit('.', 1)[-1]}: {folder}/FILE`"
+    raise CaloraError(where, expected, there, fix)
+
+
+def _read(source: Files | HubData, task: Task, split: str) -> tuple[str, Rows]:
     """What a message calls a split, and its rows."""
-    name: str | None = getattr(source, split)
+    name = getattr(source, split)
     if name is None:
         return split, []
     if isinstance(source, Files):
-        return name, read_file(Path(name))
+        path = _file(name, f"data.sets.{task.name}.{split}")
+        return str(path), read_file(path)
     from datasets import load_dataset  # takes a second to import, and files don't need it
 
     where = f"{source.repo}, split {name}"
@@ -131,23 +153,51 @@ def _read(source: Files | HubData, split: str) -> tuple[str, Rows]:
 
 
 def _labelled(where: str, rows: Rows, source: Files | HubData, task: Task, split: str) -> Rows:
-    """The prompt's columns as texts, and `label`: a place in `labels`, the texts of an answer, or None."""
+    """The columns of prompt and answers as texts, and `label`: a place in `labels`, the texts of an answer, or None."""
     places = places_of(source.labels, f"data.sets.{task.name}.labels")
-    column = source.label_of(split)
-    columns = {name for row in rows for name in row}
-    for wanted in (*task.columns, column) if rows else ():
-        if wanted not in columns:
-            found = f"columns {sorted(columns)}"
-            raise CaloraError(where, f"a column '{wanted}'", found, "check prompt and label in params.yaml")
-    result = []
+    known = {name for row in rows for name in row}
+    columns = [*task.columns, *(() if task.listed else task.answer_columns)]
+    called = {name: _called(source.columns.get(name, [name]), known, where) for name in columns} if rows else {}
+    label = _called(source.labels_of(split), known, where) if rows else ""
+    listed = task.answer_columns[0] if task.listed and rows else None
+    lists = _called(source.columns.get(listed, [listed]), known, where) if listed else ""
+    result: Rows = []
     for number, row in enumerate(rows, 1):
         place = f"{where}, row {number}, column"
-        texts = {name: text_of(row.get(name)) for name in task.columns}
-        for name, text in texts.items():
-            if not isinstance(text, str) or not text.strip():
-                fix = "give it, or leave out the row"
-                raise CaloraError(f"{place} '{name}'", f"text in column '{name}'", repr(text)[:80], fix)
-        value, place = row.get(column), f"{place} '{column}'"
-        known = label_of(value, places, place) if task.scored else answer_of(value, place)
-        result.append({**texts, "label": known})
+        made: dict[str, Any] = {name: text_of(row.get(column)) for name, column in called.items()}
+        wrong = {name for name, text in made.items() if not isinstance(text, str) or not text.strip()}
+        choices = choices_of(row.get(lists)) if listed else None
+        if (wrong or (listed and choices is None)) and source.incomplete == "leave_out":
+            continue
+        for name in wrong:
+            fix = "give it, leave out the row, or say `incomplete: leave_out`"
+            raise CaloraError(
+                f"{place} '{called[name]}'", f"text in column '{called[name]}'", repr(made[name])[:80], fix
+            )
+        value, place = row.get(label), f"{place} '{label}'"
+        if listed:
+            if choices is None:
+                expected = "two texts or more: [...], or {text: [...], label: [...]}"
+                raise CaloraError(
+                    f"{where}, row {number}, column '{lists}'", expected, repr(row.get(lists))[:80], "give them"
+                )
+            made[listed], names = choices
+            own = places or places_of(names, place)
+            made["label"] = label_of(
+                value, {key: at for key, at in own.items() if at < len(names)}, place, source.missing
+            )
+        else:
+            made["label"] = label_of(value, places, place, source.missing) if task.scored else answer_of(value, place)
+        result.append(made)
+    if len(result) < len(rows):
+        print(f"{task.name}: {len(rows) - len(result)} rows of {where} without a text left out")
     return result
+
+
+def _called(names: Sequence[str], known: Collection[str], where: str) -> str:
+    """Under which of its names the rows have a column."""
+    for name in names:
+        if name in known:
+            return name
+    wanted, found = " or ".join(f"'{name}'" for name in names), f"columns {sorted(known)}"
+    raise CaloraError(where, f"a column {wanted}", found, "check prompt, columns and label in params.yaml")

@@ -59,12 +59,13 @@ def main(params: Params, name: str, recipe: str, method: str) -> None:
         best = score()
     lora_alone(model)
     alone = score() if start.recovery or start.scales else best
-    scores = {"validation_accuracy": best, "validation_accuracy_lora_alone": alone}
+    measured = f"validation_{task.metrics[0]}"
+    scores = {measured: best, f"{measured}_lora_alone": alone}
     only_first_goes_on()
     made.meta |= {"metrics": scores}
     base = str(compressed(recipe))
     card = calora_card(task, base, start.meta["origin"], best, alone if made.config else None)
-    write_curves(results(name, recipe, "curves", method), history)
+    write_curves(results(name, recipe, "curves", method), history, task.metrics[0])
     write_adapter(out, made, base, card, torch.bfloat16, {"history.json": history.to_json()}, kind)
     if saved:
         saved.clear()
@@ -111,8 +112,8 @@ def weights(loss: dict[str, Any]) -> Weights:
     return Weights(loss["task"], alpha, loss["kl"], loss["labelled"], loss["unlabelled"], int(loss["unlabelled_every"]))
 
 
-def write_curves(directory: Path, history: History) -> None:
-    """Loss and validation accuracy against step, one tab-separated file a metric, as dvclive lays them out.
+def write_curves(directory: Path, history: History, metric: str) -> None:
+    """Loss and the validation metric against step, one tab-separated file a metric, as dvclive lays them out.
 
     dvclive itself refuses a repository without a commit, and loses the first part of a resumed run.
     """
@@ -120,7 +121,7 @@ def write_curves(directory: Path, history: History) -> None:
     for losses in history.losses:
         for key in losses.keys() - {"step"}:
             rows.setdefault(f"train/{key}", []).append((int(losses["step"]), losses[key]))
-    rows["validation/accuracy"] = [(int(score["step"]), score["score"]) for score in history.scores]
+    rows[f"validation/{metric}"] = [(int(score["step"]), score["score"]) for score in history.scores]
     with whole_directory(directory) as scratch:
         for metric, points in rows.items():
             name = metric.rsplit("/", 1)[-1]

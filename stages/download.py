@@ -79,8 +79,8 @@ def strip(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def finished(row: dict[str, Any], task: Task) -> dict[str, Any]:
-    """The row as it is stored: the prompt's columns, and `label` (an index) or `answer` (a text) where known."""
-    stored = {column: row[column] for column in task.columns}
+    """The row as it is stored: the columns of prompt and answers, and `label` (an index) or `answer` (a text) where known."""
+    stored = {column: row[column] for column in (*task.columns, *task.answer_columns)}
     if row["label"] is not None:
         stored["label" if task.scored else "answer"] = row["label"]
     return stored

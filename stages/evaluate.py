@@ -10,6 +10,7 @@ from typing import Any
 
 from calora.common.files import whole_directory, write_json
 from calora.common.versions import versions
+from calora.evaluation.metrics import linear, value_of
 from calora.evaluation.statistics import mean_interval, paired_difference, recovered_share
 from stages.common import evaluated, results, run
 from stages.config import Params
@@ -24,7 +25,10 @@ def main(params: Params, name: str, recipe: str) -> None:
         made_by = f"run `dvc repro score@{name}-{recipe}-{method}`"
         methods[key_of(method)] = read_scored(results(name, recipe, "scores", f"{method}.json"), made_by)[method]
     metrics = summary(params, methods)
-    answers = {method: {"answers": one.answers, "correct": one.correct} for method, one in methods.items()}
+    answers = {
+        method: {"answers": one.answers, "correct": one.correct, "items": linear(one.metric, one.pairs, one.items)}
+        for method, one in methods.items()
+    }
     curves = {method: one.curve for method, one in methods.items() if len(one.curve) > 1}
     with whole_directory(evaluated(name, recipe)) as scratch:
         for file, value in (("metrics", metrics), ("predictions", answers), ("curves", curves)):
@@ -34,11 +38,18 @@ def main(params: Params, name: str, recipe: str) -> None:
 
 def summary(params: Params, methods: dict[str, Scored]) -> dict[str, Any]:
     """metrics.json: the methods with intervals; each one's difference to the baseline and its share of the gap."""
-    draws, seed, ours = params.evaluate.draws, params.seed, key_of(params.evaluate.ours)
-    baseline, whole = methods.get(key_of(params.evaluate.baseline)), methods["llm_lora"]
+    ours, baseline, whole = (
+        key_of(params.evaluate.ours),
+        methods.get(key_of(params.evaluate.baseline)),
+        methods["llm_lora"],
+    )
+    how = (params.evaluate.draws, params.seed, value_of(whole.metric, whole.pairs))
     found: dict[str, Any] = {
+        "metric": whole.metric,
+        "metrics": list(whole.scores),
+        "per_item": not whole.pairs,
         "methods": {
-            method: one.summary() | {"ci": mean_interval(one.correct, draws, seed).to_json()["ci"]}
+            method: one.summary() | {"ci": mean_interval(one.items, *how).to_json()["ci"]}
             for method, one in methods.items()
         },
         "ours": ours,
@@ -49,11 +60,11 @@ def summary(params: Params, methods: dict[str, Scored]) -> dict[str, Any]:
     if baseline is None:
         return found
     for method in map(key_of, params.compare):
-        hits = methods[method].correct
+        items = methods[method].items
         if methods[method] is not baseline:
             found["methods"][method] |= {
-                "difference": paired_difference(hits, baseline.correct, draws, seed).to_json(),
-                "recovered_share": recovered_share(hits, baseline.correct, whole.correct, draws, seed).to_json(),
+                "difference": paired_difference(items, baseline.items, *how).to_json(),
+                "recovered_share": recovered_share(items, baseline.items, whole.items, *how).to_json(),
             }
     own = found["methods"].get(ours, {})
     return found | {key: own[key] for key in ("difference", "recovered_share") if key in own}

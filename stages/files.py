@@ -83,7 +83,26 @@ def _json(path: Path, stream: TextIO) -> Rows:
         if text.lstrip().startswith("["):
             raise CaloraError(path, "a JSON list of objects", error, "mend the file") from None
         return _json_lines(path, text.split("\n"))
+    if isinstance(whole, dict) and (squad := _squad(path, whole)):
+        return squad
     return _objects(path, whole if isinstance(whole, list) else [whole])
+
+
+def _squad(path: Path, whole: dict[str, Any]) -> Rows:
+    """A row for each question of SQuAD's nested file: title, context, question, id, answers; of any other file none."""
+    articles = whole.get("data")
+    if not isinstance(articles, list) or not all(isinstance(one, dict) and "paragraphs" in one for one in articles):
+        return []
+    try:
+        return [
+            {"title": article.get("title"), "context": paragraph["context"], **asked}
+            for article in articles
+            for paragraph in article["paragraphs"]
+            for asked in paragraph["qas"]
+        ]
+    except (KeyError, TypeError):
+        expected = "SQuAD's nesting: data, paragraphs, each with a context and qas"
+        raise CaloraError(path, expected, "another one", "fetch it anew, or write a question a line (jsonl)") from None
 
 
 def _objects(path: Path, rows: list[Any]) -> Rows:

@@ -36,6 +36,12 @@ LOOKS = {
 OTHERS = [(colour, marker) for marker in "<>phd8" for colour in ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")]
 
 
+METRICS = {
+    "accuracy": "accuracy", "f1": "F1", "macro_f1": "macro F1", "matthews": "Matthews", "em": "exact match",
+    "score": "score",
+}  # fmt: skip
+
+
 def key_of(method: str) -> str:
     """Under which name results hold a method: those of the compressed model (CLM) begin with clm."""
     return method if method.split("_")[0] == "clm" else f"clm_{method}"

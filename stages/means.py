@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from calora.evaluation.statistics import Estimate, mean_over_tasks
+from stages.scored import metric_of, value_of
 
 ALIKE = ("bytes_on_disk", "adapter_bytes", "trainable_parameters")
-SCORES = ("accuracy", "f1")
 
 
 def over_tasks(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -19,8 +19,9 @@ def over_tasks(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     first = found[0]
     methods = [key for key in first["methods"] if all(key in one["methods"] for one in found)]
     means = {key: mean_of([one["methods"][key] for one in found]) for key in methods}
+    counting = {metric_of(one) for one in found}  # tasks may count by different metrics: their mean is a score
     together: dict[str, Any] = {
-        "methods": means, "ours": first["ours"], "baseline": first["baseline"],
+        "metric": counting.pop() if len(counting) == 1 else "score", "methods": means, "ours": first["ours"], "baseline": first["baseline"],
         "test_items": sum(one["test_items"] for one in found), "tasks": len(found),
     }  # fmt: skip
     own = means.get(first["ours"], {})
@@ -29,9 +30,10 @@ def over_tasks(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def mean_of(methods: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One method over tasks; bytes are the mean too, though they rarely differ."""
-    mean: dict[str, Any] = {key: average([m[key] for m in methods]) for key in SCORES}
+    mean: dict[str, Any] = {"score": average(list(map(value_of, methods)))}
+    mean["accuracy"] = average([m["accuracy"] for m in methods])
     mean |= {key: round(average([m[key] for m in methods])) for key in ALIKE}
-    mean["ci"] = list(mean_over_tasks([Estimate(m["accuracy"], tuple(m["ci"])) for m in methods]).ci)
+    mean["ci"] = list(mean_over_tasks([Estimate(value_of(m), tuple(m["ci"])) for m in methods]).ci)
     if "downloaded_bytes" in methods[0]:
         mean["downloaded_bytes"] = methods[0]["downloaded_bytes"]
     if all("packed" in m for m in methods):

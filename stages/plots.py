@@ -1,4 +1,4 @@
-"""The figures: accuracy against bytes, and against steps."""
+"""The figures: the metric that counts, against bytes and against steps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from stages.looks import LOOKS, look_of
+from stages.looks import LOOKS, METRICS, look_of
+from stages.scored import metric_of, value_of
 
 BYTES = "MB on disk (base and adapter)"
 MANY = 16  # tasks on one base, of the second panel of the front
@@ -32,8 +33,13 @@ def legend_once(figure: Figure, axes: Axes) -> None:
 
 
 def below_and_above(*found: Mapping[str, Any]) -> list[list[float]]:
-    """The lengths of error bars: from accuracies to the two ends of their intervals."""
-    return [[m["accuracy"] - m["ci"][0] for m in found], [m["ci"][1] - m["accuracy"] for m in found]]
+    """The lengths of error bars: from scores to the two ends of their intervals."""
+    return [[value_of(m) - m["ci"][0] for m in found], [m["ci"][1] - value_of(m) for m in found]]
+
+
+def tested(metrics: Mapping[str, Any]) -> str:
+    """What the axis of test scores says."""
+    return f"test {METRICS[metric_of(metrics)]}"
 
 
 def downloaded(axes: Axes, methods: Mapping[str, Any]) -> None:
@@ -44,7 +50,7 @@ def downloaded(axes: Axes, methods: Mapping[str, Any]) -> None:
 
 
 def curve(axes: Axes, method: str, scores: list[dict[str, float]], **look: Any) -> None:
-    """The validation accuracy of one method against step."""
+    """The validation score of one method against step."""
     own = look_of(method)
     steps, values = [s["step"] for s in scores], [s["score"] for s in scores]
     axes.plot(steps, values, marker=own.marker, label=own.label, color=own.colour, **look)
@@ -56,11 +62,11 @@ def recipes_against_bytes(found: Mapping[str, Any], task: str) -> Figure:
     methods = next(iter(found.values()))["methods"]
     downloaded(axes, methods)
     whole, own = methods["llm_lora"], look_of("llm_lora")
-    axes.axhline(whole["accuracy"], color=own.colour, lw=1, ls="--")
-    axes.plot(whole["bytes_on_disk"] / 1e6, whole["accuracy"], own.marker, ms=9, color=own.colour, label=own.label)
+    axes.axhline(value_of(whole), color=own.colour, lw=1, ls="--")
+    axes.plot(whole["bytes_on_disk"] / 1e6, value_of(whole), own.marker, ms=9, color=own.colour, label=own.label)
     for recipe, metrics in found.items():
         shown = [key for key in ("clm_inherited", metrics["ours"]) if key in metrics["methods"]]
-        places = [(m["bytes_on_disk"] / 1e6, m["accuracy"]) for m in (metrics["methods"][key] for key in shown)]
+        places = [(m["bytes_on_disk"] / 1e6, value_of(m)) for m in (metrics["methods"][key] for key in shown)]
         for before, after in pairwise(places):
             arrow = {"arrowstyle": "->", "color": "#999999", "shrinkA": 5, "shrinkB": 6}
             axes.annotate("", after, before, arrowprops=arrow)
@@ -69,7 +75,7 @@ def recipes_against_bytes(found: Mapping[str, Any], task: str) -> Figure:
             axes.plot(*place, own.marker, ms=9, color=own.colour, label=own.label)
         if places:
             axes.annotate(recipe, places[-1], xytext=(8, -3), textcoords="offset points", fontsize=8)
-    axes.set(xlabel=BYTES, ylabel="test accuracy", title=f"{task}: before and after CA-LoRA")
+    axes.set(xlabel=BYTES, ylabel=tested(next(iter(found.values()))), title=f"{task}: before and after CA-LoRA")
     axes.margins(y=0.12)
     legend_once(figure, axes)
     return figure
@@ -84,13 +90,13 @@ def front(found: Mapping[str, Any], task: str) -> Figure:
         for metrics in found.values():
             for method, m in metrics["methods"].items():
                 own = look_of(method)
-                points.append((bytes_of(m, tasks) / 1e6, m["accuracy"]))
+                points.append((bytes_of(m, tasks) / 1e6, value_of(m)))
                 axes.plot(*points[-1], own.marker, ms=7, color=own.colour, label=own.label)
         axes.plot(*zip(*pareto(points), strict=True), drawstyle="steps-post", color="#999999", lw=1, zorder=0)
         downloaded(axes, next(iter(found.values()))["methods"])
         axes.set(xlabel=BYTES if tasks == 1 else f"MB on disk (base and {tasks} adapters)", title=task)
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("test accuracy")
+    panels[0].set_ylabel(tested(next(iter(found.values()))))
     legend_once(figure, panels[0])
     return figure
 
@@ -102,7 +108,7 @@ def bytes_of(method: Mapping[str, Any], tasks: int) -> int:
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Of (bytes, accuracy), those that no other is both smaller and better than, by bytes."""
+    """Of (bytes, score), those that no other is both smaller and better than, by bytes."""
     best: list[tuple[float, float]] = []
     for size, accuracy in sorted(points, key=lambda point: (point[0], -point[1])):
         if not best or accuracy > best[-1][1]:
@@ -131,23 +137,23 @@ def layer_errors(errors: dict[str, list[float]], title: str) -> Figure:
 
 
 def accuracy_against_bytes(metrics: dict[str, Any], title: str) -> Figure:
-    """Every method a point: megabytes on disk against accuracy, with its interval."""
+    """Every method a point: megabytes on disk against the metric that counts, with its interval."""
     figure, axes = blank(7, 4.2)
     downloaded(axes, metrics["methods"])
     for method, m in metrics["methods"].items():
-        own, place = look_of(method), (m["bytes_on_disk"] / 1e6, m["accuracy"])
+        own, place = look_of(method), (m["bytes_on_disk"] / 1e6, value_of(m))
         axes.errorbar(*place, below_and_above(m), fmt=own.marker, ms=9, capsize=3, label=own.label, color=own.colour)
-    axes.set(xlabel=BYTES, ylabel="test accuracy", title=title)
+    axes.set(xlabel=BYTES, ylabel=tested(metrics), title=title)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
-def convergence(curves: dict[str, Any], title: str) -> Figure:
-    """Validation accuracy against step, of every method that was trained."""
+def convergence(curves: dict[str, Any], title: str, metric: str = "accuracy") -> Figure:
+    """The metric that counts, on validation, against step, of every method that was trained."""
     figure, axes = blank(7, 4.2)
     for method, scores in curves.items():
         curve(axes, method, scores, ms=9)
-    axes.set(xlabel="step", ylabel="validation accuracy", title=title)
+    axes.set(xlabel="step", ylabel=f"validation {METRICS[metric]}", title=title)
     axes.legend(fontsize=8)
     return figure
 
@@ -167,7 +173,7 @@ def losses(parts: dict[str, list[tuple[int, float]]], title: str) -> Figure:
 
 
 def curves_beside(panels: Sequence[Axes], curves: Mapping[str, Any]) -> None:
-    """Validation accuracy against step, a panel for each title."""
+    """The validation score against step, a panel for each title."""
     for axes, (title, methods) in zip(panels, curves.items(), strict=True):
         for method, scores in methods.items():
             curve(axes, method, scores)
@@ -175,21 +181,23 @@ def curves_beside(panels: Sequence[Axes], curves: Mapping[str, Any]) -> None:
         axes.grid(alpha=0.3)
 
 
-def convergences(curves: dict[str, Any], task: str) -> Figure:
-    """Validation accuracy against step, a panel for each recipe."""
+def convergences(curves: dict[str, Any], task: str, metric: str = "accuracy") -> Figure:
+    """The metric that counts, on validation, against step, a panel for each recipe."""
     figure = Figure(figsize=(3.2 * len(curves), 3.4), layout="constrained")
     panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
     curves_beside(panels, curves)
-    panels[0].set_ylabel(f"{task}: validation accuracy")
+    panels[0].set_ylabel(f"{task}: validation {METRICS[metric]}")
     panels[0].legend(fontsize=8)
     return figure
 
 
-def labels(scores: Mapping[str, Any], free: str, curves: Mapping[int, Any], title: str) -> Figure:
-    """Test accuracy against the number of labels, with intervals, and the validation accuracy against step, a panel a number.
+def labels(
+    scores: Mapping[str, Any], free: str, curves: Mapping[int, Any], title: str, metric: str = "accuracy"
+) -> Figure:
+    """The test score against the number of labels, with intervals, and the validation score against step, a panel a number.
 
     Args:
-        scores: method -> number of labels -> accuracy and ci.
+        scores: method -> number of labels -> score and ci.
         free: the method that takes no step: a line.
         curves: number of labels -> method -> its validation scores.
     """
@@ -200,35 +208,35 @@ def labels(scores: Mapping[str, Any], free: str, curves: Mapping[int, Any], titl
         own = look_of(method)
         if method == free:
             (only,) = found.values()
-            first.axhline(only["accuracy"], ls="--", lw=1, color=own.colour, label=own.label)
+            first.axhline(value_of(only), ls="--", lw=1, color=own.colour, label=own.label)
             first.axhspan(*only["ci"], alpha=0.1, color=own.colour, lw=0)
             continue
-        places, values = [list(curves).index(count) for count in found], [m["accuracy"] for m in found.values()]
+        places, values = [list(curves).index(count) for count in found], [*map(value_of, found.values())]
         bars = below_and_above(*found.values())
         first.errorbar(places, values, bars, fmt=f"{own.marker}-", ms=7, capsize=3, color=own.colour, label=own.label)
     first.set_xticks(range(len(curves)), list(map(str, curves)))
-    first.set(xlabel="labels", ylabel="test accuracy", title=title)
+    first.set(xlabel="labels", ylabel=f"test {METRICS[metric]}", title=title)
     first.grid(alpha=0.3)
     curves_beside(panels, {f"{count} labels": methods for count, methods in curves.items()})
     for axes in panels[1:]:
         axes.sharey(panels[0])
-    panels[0].set_ylabel("validation accuracy")
+    panels[0].set_ylabel(f"validation {METRICS[metric]}")
     legend_once(figure, first)
     return figure
 
 
-def ranking(scores: dict[str, dict[str, dict[str, Any]]], title: str) -> Figure:
-    """A line for each name, the first at the top: the test accuracy of its methods, each with its interval."""
+def ranking(scores: dict[str, dict[str, dict[str, Any]]], title: str, metric: str = "accuracy") -> Figure:
+    """A line for each name, the first at the top: the test score of its methods, each with its interval."""
     figure, axes = blank(7.5, 1.6 + 0.26 * len(scores))
     for place, methods in enumerate(scores.values()):
         for method, m in methods.items():
             own, bar = look_of(method), below_and_above(m)
             axes.errorbar(
-                m["accuracy"], place, xerr=bar, fmt=own.marker, ms=7, capsize=3, color=own.colour, label=own.label
+                value_of(m), place, xerr=bar, fmt=own.marker, ms=7, capsize=3, color=own.colour, label=own.label
             )
     axes.set_yticks(range(len(scores)), list(scores), fontsize=8)
     axes.invert_yaxis()
-    axes.set(xlabel="test accuracy", title=title)
+    axes.set(xlabel=f"test {METRICS[metric]}", title=title)
     if any(len(methods) > 1 for methods in scores.values()):
         legend_once(figure, axes)
     return figure

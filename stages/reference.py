@@ -21,7 +21,7 @@ from stages.splits import read_task
 
 
 def main(params: Params, name: str) -> None:
-    """`llm`, `llm_lora` and, for a scored task, `small_lora`."""
+    """`llm`, `llm_lora` and, where every row has the same answers, `small_lora`."""
     task, tokenizer = read_task(name), load_tokenizer(BASE)
     model = load_model(BASE, attention=training_attention())
     methods = {"llm": score_test(model, task, tokenizer, params, "llm", BASE, None, 0)}
@@ -31,7 +31,7 @@ def main(params: Params, name: str) -> None:
     attach_adapter(model, lora, name)
     set_active(model, name)
     methods["llm_lora"] = score_test(model, task, tokenizer, params, "llm_lora", BASE, teacher(name), lora.parameters)
-    if task.scored:
+    if task.fixed:
         folder = small_lora(name)
         small: Any = load_model(SMALL, torch.float32, labels=len(task.answers))
         trained = read_plain_lora(folder)

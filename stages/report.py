@@ -9,6 +9,7 @@ from stages import plots, tables
 from stages.common import evaluated, results, run
 from stages.config import Params
 from stages.means import over_tasks
+from stages.scored import metric_of
 
 
 def main(params: Params) -> None:
@@ -28,7 +29,7 @@ def main(params: Params) -> None:
                 plots.accuracy_against_bytes(metrics, title).savefig(f"{name}-bytes.png", dpi=130)
                 curves = read_json(place / "curves.json", made_by)
                 if curves:
-                    plots.convergence(curves, title).savefig(f"{name}-convergence.png", dpi=130)
+                    plots.convergence(curves, title, metric_of(metrics)).savefig(f"{name}-convergence.png", dpi=130)
             if len(found) > 1:
                 shown.append(tables.of_runs(f"{task}, all recipes", "recipe", found))
                 plots.recipes_against_bytes(found, task).savefig(folder / f"{task}-recipes.png", dpi=130)
@@ -45,9 +46,10 @@ def main(params: Params) -> None:
 
 
 def compact(metrics: dict[str, Any]) -> dict[str, Any]:
-    """The few columns that `dvc exp show` shows: the accuracy of each method, and what ours gains, recovers and weighs."""
+    """The few columns that `dvc exp show` shows: each metric of each method, and what ours gains, recovers and weighs."""
     methods, ours = metrics["methods"], metrics["ours"]
-    shown = {key: m["accuracy"] for key, m in methods.items() if key == "llm_lora" or key.startswith("clm_")}
+    chosen = {key: m for key, m in methods.items() if key == "llm_lora" or key.startswith("clm_")}
+    shown = {metric: {key: round(m[metric], 4) for key, m in chosen.items()} for metric in metrics["metrics"]}
     if "difference" in metrics:
         shown |= {"gain": metrics["difference"]["value"], "recovered": metrics["recovered_share"]["value"]}
     return shown | ({"mb": round(methods[ours]["bytes_on_disk"] / 1e6, 1)} if ours in methods else {})

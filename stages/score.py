@@ -36,7 +36,7 @@ def main(params: Params, name: str, recipe: str, method: str) -> None:
 
     scored = replace(scored_on(dense=True), curve=history["scores"])
     if method in params.evaluate.packed:
-        scored = replace(scored, packed=scored_on(dense=False).accuracy)
+        scored = replace(scored, packed=scored_on(dense=False).score)
     write_json(results(name, recipe, "scores", f"{method}.json"), {method: asdict(scored)})
 
 

@@ -16,12 +16,14 @@ from stages.training import train_lora
 
 
 def main(params: Params, name: str) -> None:
-    """A scored task's small classifier; a generated task has none (a note in the folder says so)."""
+    """The small classifier of a task with the same answers for every row; others have none (a note in the folder says so)."""
     task = read_task(name)
-    if not task.scored:
+    if not task.fixed:
         only_first_goes_on()
         with whole_directory(small_lora(name)) as scratch:
-            write_json(scratch / "none.json", {"reason": "the small baseline is a classifier; this task is generated"})
+            write_json(
+                scratch / "none.json", {"reason": "the small baseline is a classifier; this task has no fixed answers"}
+            )
         return
     torch.manual_seed(params.seed)  # the classification head's first weights
     model = load_model(SMALL, torch.float32, labels=len(task.answers))

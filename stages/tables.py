@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from stages.looks import look_of
+from stages.looks import METRICS, look_of
+from stages.scored import metric_of, value_of
 
 
 @dataclass
@@ -53,20 +54,28 @@ def gain_of(metrics: Mapping[str, Any]) -> str:
     return "" if gain is None else f"{gain['value']:+.3f} {interval(gain['ci'], '+')}"
 
 
+def with_metric(task: str, metrics: Mapping[str, Any]) -> str:
+    """A task, and the metric that counts where that is not accuracy."""
+    metric = metric_of(metrics)
+    return task if metric == "accuracy" else f"{task} ({METRICS[metric]})"
+
+
 def short(key: str) -> str:
     """A method's label as the head of a column."""
     return look_of(key).label.replace("CLM + ", "+ ")
 
 
 def of_methods(title: str, metrics: Mapping[str, Any]) -> Table:
-    """All methods of one task and recipe."""
+    """All methods of one task and recipe, with the metric that counts and its interval, and then the others."""
+    first, *others = metrics.get("metrics", [metric_of(metrics)])
     table = Table(
         f"{title} ({metrics['test_items']} test items)",
-        ["method", "accuracy", "95 % interval", "MB on disk", "trainable"], {0, 2},
+        ["method", METRICS[first], "95 % interval", *(METRICS[metric] for metric in others), "MB on disk", "trainable"], {0, 2},
     )  # fmt: skip
     for method, m in metrics["methods"].items():
         size, count = f"{m['bytes_on_disk'] / 1e6:.1f}", f"{m['trainable_parameters'] / 1e6:.2f} M"
-        table.rows.append([look_of(method).label, f"{m['accuracy']:.3f}", interval(m["ci"]), size, count])
+        beside = [f"{m[metric]:.3f}" for metric in others]
+        table.rows.append([look_of(method).label, f"{value_of(m):.3f}", interval(m["ci"]), *beside, size, count])
     table.notes = list(notes_of(metrics))
     return table
 
@@ -95,17 +104,17 @@ def of_runs(title: str, first_column: str, found: Mapping[str, Mapping[str, Any]
     keys = list(dict.fromkeys(key for one in found.values() for key in one["methods"] if key.startswith("clm")))
     gain = f"{short(ours)} - {short(first['baseline'])}".replace("+ ", "")
     table = Table(
-        f"{title} ({first['test_items']} test items)",
+        f"{with_metric(title, first)} ({first['test_items']} test items)",
         [first_column, f"MB with {short(ours).removeprefix('+ ')}", *map(short, keys), "95 % interval", gain, "recovered share"],
         {0, len(keys) + 2, len(keys) + 3, len(keys) + 4},
     )  # fmt: skip
     beside = {"clm": first["methods"]["llm"], "clm_inherited": whole}
-    scores = [f"{beside[key]['accuracy']:.3f}" if key in beside else "" for key in keys]
+    scores = [f"{value_of(beside[key]):.3f}" if key in beside else "" for key in keys]
     table.rows.append(["uncompressed", f"{whole['bytes_on_disk'] / 1e6:.1f}", *scores, interval(whole["ci"]), "", ""])
     for name, metrics in found.items():
         methods = metrics["methods"]
         own = methods.get(ours)
-        scores = [f"{methods[key]['accuracy']:.3f}" if key in methods else "" for key in keys]
+        scores = [f"{value_of(methods[key]):.3f}" if key in methods else "" for key in keys]
         size, ci = (f"{own['bytes_on_disk'] / 1e6:.1f}", interval(own["ci"])) if own else ("", "")
         table.rows.append([name, size, *scores, ci, gain_of(metrics), share_of(metrics)])
     return table

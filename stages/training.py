@@ -19,7 +19,7 @@ from calora.common.parallel import only_first_goes_on
 from calora.common.versions import FILE, versions
 from calora.distillation.distill import finetune
 from calora.distillation.training import Checkpoint, Schedule
-from calora.evaluation.predict import accuracy
+from calora.evaluation.predict import score
 from calora.models.tasks import Task, encode_all, positions
 from stages.common import CHECKPOINTS, data
 from stages.config import Params
@@ -36,9 +36,9 @@ def schedule(params: Params) -> Schedule:
 
 
 def scorer(model: Any, task: Task, tokenizer: Any, params: Params) -> Score:
-    """() -> accuracy on the validation split."""
+    """() -> the task's first metric on the validation split."""
     examples = encode_all(task, tokenizer, read_split(task.name, "validation"), positions(model.config))
-    return lambda: accuracy(model, task, tokenizer, examples, params.train.eval_batch_size)
+    return lambda: score(model, task, tokenizer, examples, params.train.eval_batch_size)
 
 
 def checkpoint(out: Path, key: str) -> Checkpoint:

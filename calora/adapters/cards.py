@@ -15,15 +15,15 @@ def plain_card(task: Task, base: str) -> str:
 
 
 def calora_card(task: Task, base: str, origin: str, whole: float, lora_alone: float | None) -> str:
-    """The card of a CA-LoRA adapter, with its validation accuracy as a whole and that of its LoRA alone, if it has one."""
+    """The card of a CA-LoRA adapter, with its validation score as a whole and that of its LoRA alone, if it has one."""
     rows = [("`calora` (all of it)", whole)]
     rows += [] if lora_alone is None else [("plain PEFT (LoRA part alone)", lora_alone)]
-    table = "\n".join(f"| {loader} | {accuracy:.4f} |" for loader, accuracy in rows)
+    table = "\n".join(f"| {loader} | {score:.4f} |" for loader, score in rows)
     body = f"""# CA-LoRA adapter for {_code(task.name)}
 
 For the compressed base {_code(base)} and no other: `calora.json` holds its fingerprint. Inherited from {_code(origin)}.
 
-| loaded with | validation accuracy |
+| loaded with | validation {task.metrics[0]} |
 |---|---|
 {table}
 

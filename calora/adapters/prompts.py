@@ -10,7 +10,11 @@ from typing import Any
 from calora.errors import CaloraError
 from calora.models.tasks import Task
 
-KINDS = {"name": "a text", "prompt": "a text", "answers": "a list of texts", "max_tokens": "a whole number above 0"}
+KINDS = {
+    "name": "a text", "prompt": "a text", "answers": "a list of texts", "max_tokens": "a whole number above 0",
+    "likelihood": "a text", "metrics": "a list of texts",
+}  # fmt: skip
+LATER = {"likelihood", "metrics"}  # entries that tasks of before do not have
 
 
 def task_of(where: object, value: Mapping[str, Any]) -> Task:
@@ -20,21 +24,22 @@ def task_of(where: object, value: Mapping[str, Any]) -> Task:
         CaloraError: an entry is missing or of another kind, or the prompt holds more than plain columns.
     """
     names = {field.name for field in fields(Task)}
-    if set(value) != names:
-        wrong = sorted(set(value) ^ names)
+    if wrong := sorted((set(value) ^ names) - (LATER - set(value))):
         raise CaloraError(f"{where}: task", f"the entries {', '.join(sorted(names))}", f"not so: {wrong}", "correct it")
     for name, found in value.items():
         if not _fits(name, found):
             expected = KINDS.get(name, KINDS["max_tokens"])
             raise CaloraError(f"{where}: task.{name}", expected, f"{found!r:.80}", "correct it")
     check_prompt(f"{where}: task.prompt", value["prompt"])
+    for answer in value["answers"]:
+        check_prompt(f"{where}: task.answers", answer)
     return Task.from_json(value)
 
 
 def _fits(name: str, value: object) -> bool:
-    if name in ("name", "prompt"):
+    if name in ("name", "prompt", "likelihood"):
         return isinstance(value, str)
-    if name == "answers":
+    if name in ("answers", "metrics"):
         return isinstance(value, list | tuple) and all(isinstance(answer, str) for answer in value)
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
+from accelerate.utils import gather_object, reduce
 from torch import Tensor, nn
 
 T = TypeVar("T")
@@ -70,6 +70,11 @@ def average(tensor: Tensor) -> Tensor:
 def total(value: float) -> float:
     """The sum over all processes of a number that each of them has."""
     return value if processes() == 1 else float(reduce(torch.tensor(float(value), device=state().device), "sum"))
+
+
+def gathered(values: Sequence[T]) -> list[T]:
+    """The values of all processes, those of the first one first."""
+    return list(values) if processes() == 1 else list(gather_object(list(values)))
 
 
 def is_first() -> bool:

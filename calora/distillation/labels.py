@@ -37,15 +37,15 @@ def with_labels(labelled: Pool, unlabelled: Pool | None, count: int, seed: int) 
     """The texts that are learnt from with their labels, and those without, where only `count` labels may be used.
 
     Labelled texts that are left out become unlabelled ones, if the teacher's targets for them are there. Not so
-    those with generated answers: what the teacher says there follows the right answer word by word.
+    those with answers of several tokens: what the teacher says there follows the right answer word by word.
 
     Raises:
         CaloraError: there are not so many labelled texts.
     """
     labels = [example.label for example in labelled.examples]
     kept = first_labels(labels, count, seed)
-    scored = (place for place, label in enumerate(labels) if label >= 0)
-    left = sorted(set(scored) - set(kept))
+    of_one_token = (place for place, e in enumerate(labelled.examples) if e.label >= 0 and not e.choice_ids)
+    left = sorted(set(of_one_token) - set(kept))
     others = labelled.take(left) if left and labelled.targets else None
     return labelled.take(kept) if kept else None, joined(others, unlabelled)
 

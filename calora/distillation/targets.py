@@ -21,6 +21,7 @@ from calora.common.files import check_tensors
 from calora.common.progress import progress
 from calora.common.tensors import write_tensors
 from calora.errors import CaloraError
+from calora.evaluation.predict import likelihoods
 from calora.models.families import Batch, Output, family_of
 from calora.models.tasks import Example, Task
 
@@ -56,12 +57,13 @@ def write_targets(
 ) -> None:
     """Run the teacher over `examples` and store its last hidden states and answer logits, in bfloat16.
 
-    Scored tasks keep the logits of the candidate answers; generated ones the `top_k` highest. Where a generated
-    example has no answer, the teacher's own greedy answer stands in for it. Shards that an interrupted call with
-    the same arguments left in `directory` are kept.
+    Where every row has the same answers, each of one token, their logits are kept; of any other answers the `top_k`
+    highest at each of their tokens. Where such an answer is not known, the teacher's own stands in for it: the
+    likeliest of the row's, or what it writes. Shards that an interrupted call with the same arguments left in
+    `directory` are kept.
     """
-    family = family_of(model)
-    answer_ids = torch.tensor(task.answer_token_ids(tokenizer), device=model.device) if task.scored else None
+    family, ids = family_of(model), task.answer_token_ids(tokenizer)
+    answer_ids = None if ids is None else torch.tensor(ids, device=model.device)
     batches = length_batches([e.tokens for e in examples], batch_size)
     shard: dict[str, Tensor] = {}
     with torch.no_grad():
@@ -70,7 +72,7 @@ def write_targets(
             if path.exists():
                 continue
             chosen = [examples[i] for i in indices]
-            if not task.scored and not all(e.answer_ids for e in chosen):
+            if answer_ids is None and not all(e.answer_ids for e in chosen):
                 chosen = _with_own_answers(model, task, tokenizer, chosen)
             batch = family.collate(chosen, model)
             output = family.forward(model, batch, answer_ids)
@@ -98,10 +100,15 @@ def _sharded(batches: Sequence[list[int]], examples: Sequence[Example]) -> list[
 def _with_own_answers(
     model: PreTrainedModel, task: Task, tokenizer: PreTrainedTokenizerBase, examples: list[Example]
 ) -> list[Example]:
-    """The examples, and the model's greedy answer where one has none: up to and with its end token."""
-    prompts = [Example(e.prompt_ids) for e in examples if not e.answer_ids]
-    written = iter(family_of(model).generate(model, prompts, task.max_new_tokens, tokenizer.eos_token_id))
-    return [e if e.answer_ids else replace(e, answer_ids=next(written)) for e in examples]
+    """The examples; where one has no answer with the model's: the likeliest of its own, or a written one with its end token."""
+    asked = [e for e in examples if not e.answer_ids]
+    if task.scored:
+        best = (int(scores.argmax()) for scores in likelihoods(model, task, asked, len(asked)))
+        answers = iter([e.choice_ids[place] for e, place in zip(asked, best, strict=True)])
+    else:
+        prompts = [Example(e.prompt_ids) for e in asked]
+        answers = iter(family_of(model).generate(model, prompts, task.max_new_tokens, tokenizer.eos_token_id))
+    return [e if e.answer_ids else replace(e, answer_ids=next(answers)) for e in examples]
 
 
 def _rows(batch: Batch, output: Output, answer_ids: Tensor | None, top_k: int) -> list[Target]:

@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from calora.common.batching import length_batches
-from calora.common.parallel import portion, total
+from calora.common.parallel import gathered, portion
 from calora.common.progress import progress
-from calora.evaluation.metrics import exact_match
+from calora.errors import CaloraError
+from calora.evaluation.metrics import counts_pairs, exact_match, items_of, value_of
 from calora.models.families import Classifier, end_tokens, family_of
 from calora.models.tasks import Example, Task
 
@@ -32,30 +35,85 @@ def predict(
     batch_size: int,
     title: str | None = None,
 ) -> Predictions:
-    """Answer every example: by the highest answer logit (scored), or by greedy generation.
+    """Answer every example: by the most likely of its answers (scored), or by greedy generation.
+
+    Answers that every row has, each of a single token, are compared by their logits at the prompt's last position; any
+    others by the likelihood of all their tokens, as `task.likelihood` has it (`likelihoods`).
 
     Args:
         title: what the progress bar says; without one there is none.
+
+    Raises:
+        CaloraError: the answers cannot be told apart (`Task.answer_token_ids`), or a classifier has a row's own.
     """
     family = family_of(model)
-    answers, labels, ends = [""] * len(examples), [-1] * len(examples), end_tokens(model)
-    scored_ids = None
-    if task.scored and not isinstance(family, Classifier):
-        scored_ids = torch.tensor(task.answer_token_ids(tokenizer), device=model.device)
+    classifier = isinstance(family, Classifier)
+    if classifier and not task.fixed:
+        raise CaloraError("a classifier", "the same answers for every row", f"task {task.name}", "use a language model")
+    if not task.scored:
+        return _written(model, task, tokenizer, examples, batch_size, title)
+    ids = None if classifier else task.answer_token_ids(tokenizer)
+    if ids is None and not classifier:
+        found = likelihoods(model, task, examples, batch_size, title)
+        labels = [int(scores.argmax()) for scores in found]
+    else:
+        labels = _by_logits(model, examples, None if ids is None else torch.tensor(ids), batch_size, title)
+    return Predictions([e.choices[label].strip() for e, label in zip(examples, labels, strict=True)], labels)
+
+
+def _by_logits(
+    model: PreTrainedModel, examples: Sequence[Example], ids: Tensor | None, batch_size: int, title: str | None
+) -> list[int]:
+    """The label of the highest logit at the end of each prompt, among those of `ids`, or of a classifier."""
+    family, labels = family_of(model), [-1] * len(examples)
+    ids = None if ids is None else ids.to(model.device)
+    batches = length_batches([len(e.prompt_ids) for e in examples], batch_size)
+    with torch.no_grad():
+        for indices in progress(batches, title, "batches"):
+            batch = family.collate([Example(examples[i].prompt_ids) for i in indices], model)
+            chosen = family.forward(model, batch, ids).logits.float().argmax(-1).tolist()
+            for i, label in zip(indices, chosen, strict=True):
+                labels[i] = label
+    return labels
+
+
+def likelihoods(
+    model: PreTrainedModel, task: Task, examples: Sequence[Example], batch_size: int, title: str | None = None
+) -> list[Tensor]:
+    """Of each example, log p(answer | prompt) of each of its answers: the sum over the answer's tokens, or their mean.
+
+    No end token counts, and each answer is read behind a prompt of its own.
+    """
+    family = family_of(model)
+    pairs = [(i, Example(e.prompt_ids, ids)) for i, e in enumerate(examples) for ids in e.choice_ids]
+    found = torch.zeros(len(pairs))
+    batches = length_batches([e.tokens for _, e in pairs], batch_size)
+    with torch.no_grad():
+        for indices in progress(batches, title, "batches"):
+            batch = family.collate([pairs[i][1] for i in indices], model)
+            logits = family.forward(model, batch, None).logits.float()
+            each = -F.cross_entropy(logits, batch.labels, reduction="none")
+            rows = torch.zeros(len(indices), device=each.device).index_add(0, batch.positions[0], each)
+            found[indices] = rows.cpu()
+    if task.likelihood == "mean":
+        found = found / torch.tensor([len(e.answer_ids) for _, e in pairs])
+    return list(found.split([len(e.choice_ids) for e in examples]))
+
+
+def _written(
+    model: PreTrainedModel, task: Task, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example],
+    batch_size: int, title: str | None,
+) -> Predictions:  # fmt: skip
+    family, answers, ends = family_of(model), [""] * len(examples), end_tokens(model)
     batches = length_batches([len(e.prompt_ids) for e in examples], batch_size)
     with torch.no_grad():
         for indices in progress(batches, title, "batches"):
             prompts = [Example(examples[i].prompt_ids) for i in indices]
-            if task.scored:
-                output = family.forward(model, family.collate(prompts, model), scored_ids)
-                for i, label in zip(indices, output.logits.float().argmax(-1).tolist(), strict=True):
-                    labels[i], answers[i] = label, task.answers[label].strip()
-            else:
-                written = family.generate(model, prompts, task.max_new_tokens, tokenizer.eos_token_id)
-                for i, ids in zip(indices, written, strict=True):
-                    text = ids[:-1] if ids[-1] in ends else ids
-                    answers[i] = str(tokenizer.decode(text, skip_special_tokens=True)).strip()
-    return Predictions(answers, labels)
+            written = family.generate(model, prompts, task.max_new_tokens, tokenizer.eos_token_id)
+            for i, ids in zip(indices, written, strict=True):
+                text = ids[:-1] if ids[-1] in ends else ids
+                answers[i] = str(tokenizer.decode(text, skip_special_tokens=True)).strip()
+    return Predictions(answers, [-1] * len(examples))
 
 
 def correct(predictions: Predictions, examples: Sequence[Example]) -> list[bool]:
@@ -66,14 +124,19 @@ def correct(predictions: Predictions, examples: Sequence[Example]) -> list[bool]
     ]
 
 
-def accuracy(
+def measured(metric: str, task: Task, predictions: Predictions, examples: Sequence[Example]) -> list[float]:
+    """What each item gives to a metric (`metrics.items_of`); where several processes each have a portion, of all of them."""
+    return gathered(items_of(metric, task, predictions.labels, predictions.answers, examples))
+
+
+def score(
     model: PreTrainedModel,
     task: Task,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     batch_size: int,
 ) -> float:
-    """Share of right answers; where several processes train together, each of them answers its portion."""
-    mine = portion(examples)
-    hits = correct(predict(model, task, tokenizer, mine, batch_size), mine)
-    return total(sum(hits)) / len(examples)
+    """The task's first metric; where several processes train together, each of them answers its portion."""
+    mine, metric = portion(examples), task.metrics[0]
+    items = measured(metric, task, predict(model, task, tokenizer, mine, batch_size), mine)
+    return float(value_of(metric, counts_pairs(metric, task))(items))

@@ -15,6 +15,7 @@ from calora.errors import CaloraError
 
 Vector = NDArray[np.float64]
 Interval = tuple[float, float]
+Metric = Callable[..., Any]
 LEVEL, DIGITS = 0.95, 4
 BATCH = 100  # resamples at a time: bounds the memory, changes no number
 
@@ -62,33 +63,49 @@ class OverSeeds(Estimate):
         return "items" if len(self.means) == 1 else "seeds and items"
 
 
-def mean_interval(scores: Sequence[float], draws: int, seed: int) -> Estimate:
+def mean_interval(scores: Sequence[float], draws: int, seed: int, metric: Metric = np.mean) -> Estimate:
     """Mean of scores [items] and its bootstrap interval (percentiles of `draws` resamples of the items).
+
+    Args:
+        metric: what stands for the mean, `(items [..., n], axis) -> [...]`; each resample gives it anew
+            (`metrics.value_of`).
 
     Raises:
         CaloraError: fewer than two items.
     """
     values = _array("scores", scores, 1)
-    return Estimate(float(values.mean()), _bootstrap((values,), np.mean, draws, seed))
+    return Estimate(float(metric(values, axis=-1)), _bootstrap((values,), metric, draws, seed))
 
 
-def paired_difference(ours: Sequence[float], theirs: Sequence[float], draws: int, seed: int) -> Estimate:
-    """Mean of ours - theirs over the same test items, and its bootstrap interval.
+def paired_difference(
+    ours: Sequence[float], theirs: Sequence[float], draws: int, seed: int, metric: Metric = np.mean
+) -> Estimate:
+    """Mean of ours - that of theirs over the same test items, and its bootstrap interval; `metric` as in `mean_interval`.
 
     Raises:
         CaloraError: fewer than two items, or not the same number of them.
     """
     a, b = _same("ours", _array("ours", ours, 1), "theirs", _array("theirs", theirs, 1))
-    return mean_interval((a - b).tolist(), draws, seed)
+
+    def gain(a: Vector, b: Vector, axis: int) -> Any:
+        return metric(a, axis=axis) - metric(b, axis=axis)
+
+    return Estimate(float(gain(a, b, -1)), _bootstrap((a, b), gain, draws, seed))
 
 
 def recovered_share(
-    recovered: Sequence[float], compressed: Sequence[float], uncompressed: Sequence[float], draws: int, seed: int
+    recovered: Sequence[float],
+    compressed: Sequence[float],
+    uncompressed: Sequence[float],
+    draws: int,
+    seed: int,
+    metric: Metric = np.mean,
 ) -> Share:
     """(recovered - compressed) / (uncompressed - compressed), and its bootstrap interval over test items.
 
     `below_noise` is true where the interval of the denominator touches 0: then there was no gap to recover, and
     the share says nothing (it has no interval). A resample without a gap counts as if the gap were one item.
+    `metric` as in `mean_interval`.
 
     Raises:
         CaloraError: fewer than two items, or not the same number of them.
@@ -98,39 +115,45 @@ def recovered_share(
         for name, scores in (("recovered", recovered), ("compressed", compressed), ("uncompressed", uncompressed))
     )
     _same("recovered", r, "compressed", c)
-    gap = paired_difference(uncompressed, compressed, draws, seed)
+    gap = paired_difference(uncompressed, compressed, draws, seed, metric)
     below_noise = round(gap.ci[0], DIGITS) <= 0
 
-    def share(gain: Vector, whole: Vector, axis: int) -> Any:
-        return gain.mean(axis) / np.maximum(whole.mean(axis), 1 / len(r))
+    def share(r: Vector, c: Vector, u: Vector, axis: int) -> Any:
+        low = metric(c, axis=axis)
+        return (metric(r, axis=axis) - low) / np.maximum(metric(u, axis=axis) - low, 1 / len(recovered))
 
     return Share(
-        None if gap.value == 0 else float((r - c).mean()) / gap.value,
-        None if below_noise else _bootstrap((r - c, u - c), share, draws, seed),
+        None if gap.value == 0 else float(metric(r, axis=-1) - metric(c, axis=-1)) / gap.value,
+        None if below_noise else _bootstrap((r, c, u), share, draws, seed),
         below_noise,
         gap,
     )
 
 
-def mean_over_seeds(hits: Sequence[Sequence[float]] | Vector) -> OverSeeds:
+def mean_over_seeds(hits: Sequence[Sequence[float]] | Vector, bounded: bool = True) -> OverSeeds:
     """Mean of hits [seeds, items], each in [0, 1], and its interval over seeds and items (`_over_seeds`).
+
+    Args:
+        bounded: whether each score is in [0, 1]; those that stand for a metric that is no mean are not (`metrics.linear`).
 
     Raises:
         CaloraError: fewer than two items, seeds with different numbers of items, or scores outside [0, 1].
     """
-    return _over_seeds(_array("hits", hits, 2), 0, 1)
+    return _over_seeds(_array("hits", hits, 2, bounded), 0 if bounded else -1, 1)
 
 
 def difference_over_seeds(
-    ours: Sequence[Sequence[float]] | Vector, theirs: Sequence[Sequence[float]] | Vector
+    ours: Sequence[Sequence[float]] | Vector, theirs: Sequence[Sequence[float]] | Vector, bounded: bool = True
 ) -> OverSeeds:
     """Mean of ours - theirs, both [seeds, items] of the same seeds and items, and its interval (`_over_seeds`).
+
+    `bounded` as in `mean_over_seeds`.
 
     Raises:
         CaloraError: as `mean_over_seeds`, or the shapes differ.
     """
-    a, b = _same("ours", _array("ours", ours, 2), "theirs", _array("theirs", theirs, 2))
-    return _over_seeds(a - b, -1, 1)
+    a, b = _same("ours", _array("ours", ours, 2, bounded), "theirs", _array("theirs", theirs, 2, bounded))
+    return _over_seeds(a - b, -1 if bounded else -2, 1 if bounded else 2)
 
 
 def mean_over_tasks(estimates: Sequence[Estimate]) -> Estimate:
@@ -184,15 +207,15 @@ def _bootstrap(samples: tuple[Vector, ...], statistic: Callable[..., Any], draws
     return float(found.low), float(found.high)
 
 
-def _array(name: str, scores: Any, axes: int) -> Vector:
-    """The scores as an array of so many axes, with two items or more; of two axes (seeds, items), in [0, 1]."""
+def _array(name: str, scores: Any, axes: int, bounded: bool = True) -> Vector:
+    """The scores as an array of so many axes, with two items or more; of two axes (seeds, items), in [0, 1] if bounded."""
     if axes == 2 and len({len(seed) for seed in scores}) != 1:
         found = sorted({len(seed) for seed in scores})
         raise CaloraError(name, "the same items for every seed", f"{found} items", "score every seed on one test split")
     values = np.asarray(scores, dtype=float)
     if values.shape[-1] < 2:
         raise CaloraError(name, "two test items or more", values.shape[-1], "score more items")
-    if axes == 2 and (values.min() < 0 or values.max() > 1):
+    if axes == 2 and bounded and (values.min() < 0 or values.max() > 1):
         raise CaloraError(name, "scores in [0, 1]", f"{values.min()} to {values.max()}", "pass hits or F1 of each item")
     return values
 
