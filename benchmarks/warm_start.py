@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from calora.adapters.folder import read_plain_lora
 from calora.adapters.lora import attach_adapter, set_active
 from calora.compressed import load
+from calora.evaluation.predict import score
 from calora.models.anatomy import linear_layers
 from calora.models.loading import load_model, load_tokenizer
 from calora.models.moments import input_second_moments

@@ -93,11 +93,16 @@ def _own_splits(source: Files | HubData, task: Task, validation: float) -> dict[
     if source.validation is None:
         train = pools["train"]
         names = [
-            "validation" if split_of(task.render(row), validation, 0.0) == "validation" else "train" for row in train
+            "validation" if split_of(_asked(task, row), validation, 0.0) == "validation" else "train" for row in train
         ]
         for split in ("train", "validation"):
             pools[split] = [row for row, name in zip(train, names, strict=True) if name == split]
     return pools
+
+
+def _asked(task: Task, row: dict[str, Any]) -> str:
+    """The prompt of a row, with its answers where they are its own: COPA asks the same of many."""
+    return task.render(row) + ("".join(task.choices(row)) if task.answer_columns else "")
 
 
 def _check_splits(source: Files | HubData, task: Task) -> None:

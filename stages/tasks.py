@@ -51,5 +51,4 @@ def _inside(folder: str, names: Any) -> Any:
     """File names as paths; those that were written as paths stay."""
     if names is None:
         return None
-    paths = [name if "/" in name else f"{folder}/{name}" for name in ([names] if isinstance(names, str) else names)]
-    return paths[0] if isinstance(names, str) else paths
+    return [name if "/" in name else f"{folder}/{name}" for name in ([names] if isinstance(names, str) else names)]

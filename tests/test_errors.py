@@ -128,11 +128,12 @@ def test_targets_that_match_nothing(folder):
         check_targets(model, ["q_proj", "k_proj"], 17)
 
 
-def test_answers_with_the_same_first_token(folder):
+@pytest.mark.parametrize("answers", [("good film", "good film"), ("good", "good film")])
+def test_answers_that_cannot_be_told_apart(folder, answers):
     tokenizer = load_tokenizer(folder / "sources/base")
-    task = type(TASK)("t", "{text}", ("good film", "good plot"), 8, 2)
-    with pytest.raises(CaloraError, match="different first token"):
-        task.answer_token_ids(tokenizer)
+    with pytest.raises(CaloraError, match="none of which begins with another"):
+        type(TASK)("t", "{text}", answers, 8, 2).answer_token_ids(tokenizer)
+    assert type(TASK)("t", "{text}", ("good film", "good plot"), 8, 2).answer_token_ids(tokenizer) is None
 
 
 def test_a_base_without_tokenizer(folder):

@@ -11,11 +11,12 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 import pytest
+import yaml
 
 from calora.common.files import fingerprint
 from calora.errors import CaloraError
 from stages.config import load_params
-from tests.conftest import change, make_model, make_project, toy_rows
+from tests.conftest import ROOT, change, make_model, make_project, toy_rows
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 DATA = {
@@ -97,7 +98,7 @@ def hub(tmp_path):
 
 def stage(folder, address, *arguments):
     environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(folder / "hf")}
-    command = [sys.executable, "-m", *arguments]
+    command = [sys.executable, *(() if arguments[0] == "-c" else ("-m",)), *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
@@ -146,6 +147,92 @@ def test_a_dataset_of_the_hub(hub, tmp_path):
     change(folder, "data.sets", {"toy": {**DATA, "test": "exam"}})
     result = stage(folder, address, "stages.download", "toy")
     assert result.returncode == 1 and "us/toy, split exam" in result.stderr and "Traceback" not in result.stderr
+
+
+NAMES = {  # what the hub's tables call the labels of their ints
+    "boolq": ["False", "True"], "cb": ["entailment", "contradiction", "neutral"], "rte": ["entailment", "not_entailment"],
+    "copa": ["choice1", "choice2"], "wic": ["False", "True"], "sst2": ["negative", "positive"],
+    "mnli": ["entailment", "neutral", "contradiction"], "qqp": ["not_duplicate", "duplicate"],
+    "mrpc": ["not_equivalent", "equivalent"], "qnli": ["entailment", "not_entailment"],
+}  # fmt: skip
+COLUMNS = {  # besides label and idx
+    "boolq": ["question", "passage"], "cb": ["premise", "hypothesis"], "rte": ["premise", "hypothesis"],
+    "copa": ["premise", "choice1", "choice2", "question"], "wic": ["word", "sentence1", "sentence2"], "sst2": ["sentence"],
+    "mnli": ["premise", "hypothesis"], "qqp": ["question1", "question2"], "mrpc": ["sentence1", "sentence2"],
+    "qnli": ["question", "sentence"],
+}  # fmt: skip
+EACH = """
+import sys
+from stages import download
+from stages.config import load_params
+for name in sys.argv[1:]:
+    download.main(load_params(), name)
+"""
+
+
+def table(task, split, count):
+    """A table as the hub has it: labels are ints with names, and -1 in a test set."""
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    if task == "squad":
+        return Dataset.from_list([
+            {"id": f"{split}{n}", "title": "T", "context": f"{split} {n}", "question": "Q?", "answers": {"text": [f"{n}", "x"], "answer_start": [1, 2]}}
+            for n in range(count)
+        ])  # fmt: skip
+    names = NAMES[task]
+    rows = [
+        {**{column: f"{column} {split} {n}" for column in COLUMNS[task]}, "idx": n, "label": -1 if split == "test" else n % len(names)}
+        for n in range(count)
+    ]  # fmt: skip
+    kinds = {**dict.fromkeys(COLUMNS[task], Value("string")), "idx": Value("int32"), "label": ClassLabel(names=names)}
+    return Dataset.from_list(rows, Features(kinds))
+
+
+def test_the_papers_tasks_of_the_hub(hub, tmp_path):
+    """Repositories with the layout of the pinned ones: a folder of parquet files a subset, named in the card."""
+    root, address = hub
+    folder, cards = make_project(tmp_path / "p"), {}
+    sets = yaml.safe_load((ROOT / "stages/tasks.yaml").read_text())
+    for task, entry in sets.items():
+        place, subset = entry["hub"], entry["hub"]["subset"] or "plain_text"
+        ends = ("_matched", "_mismatched") if task == "mnli" else ("",)
+        splits = [
+            "train",
+            *(f"validation{end}" for end in ends),
+            *([] if task == "squad" else [f"test{end}" for end in ends]),
+        ]
+        below = root / "datasets" / place["repo"] / subset
+        below.mkdir(parents=True)
+        for split in splits:
+            table(task, split, 40 if split == "train" else 12).to_parquet(below / f"{split}-00000-of-00001.parquet")
+        files = [{"split": split, "path": f"{subset}/{split}-*"} for split in splits]
+        cards.setdefault(place["repo"], []).append({"config_name": subset, "data_files": files})
+        for key in ("hub", "files"):
+            entry.pop(key, None)
+    for repo, configs in cards.items():
+        (root / "datasets" / repo / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': configs})}---\n")
+    change(folder, "data.sets", {task: {"like": task, "revision": COMMIT} for task in sets})
+    change(folder, "tasks", list(sets))
+    result = stage(folder, address, "-c", EACH, *sets)
+    assert result.returncode == 0, result.stderr
+    for task in sets:
+        rows = [json.loads(line) for line in (folder / f"data/{task}/test.jsonl").read_text().splitlines()]
+        assert len(rows) == 12
+        if task == "squad":
+            assert all(row["answer"] == [row["context"].split()[1], "x"] for row in rows)
+            continue
+        for row in rows:
+            column = next(iter(COLUMNS[task]))
+            number = int(row[column].split()[-1])
+            name = NAMES[task][number % len(NAMES[task])]
+            assert any("validation" in str(value) for value in row.values())
+            assert row["label"] == place_of(sets[task]["labels"], name, number % len(NAMES[task])), task
+
+
+def place_of(labels, name, number):
+    """Where `answers` has a label that the hub calls so; of plain numbers their own place."""
+    spelled = [[str(one) for one in label] if isinstance(label, list) else [str(label)] for label in labels]
+    return next(place for wanted in (name, str(number)) for place, names in enumerate(spelled) if wanted in names)
 
 
 def test_a_network_that_gives_no_answer_is_told_from_a_mistake(tmp_path):

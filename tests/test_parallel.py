@@ -28,7 +28,7 @@ import json, sys, torch
 from pathlib import Path
 from calora.adapters.lora import lora_config
 from calora.distillation.distill import finetune
-from calora.evaluation.predict import accuracy
+from calora.evaluation.predict import score
 from calora.models.loading import load_model, load_tokenizer
 from calora.common.parallel import is_first, processes
 from calora.models.tasks import Task, encode_all
@@ -44,7 +44,7 @@ examples = encode_all(written, tokenizer, [{**row, "answer": " ".join(row["text"
 scored = encode_all(TASK, tokenizer, toy_rows(25, 1))
 model = load_model(folder, torch.float32, attention="eager")
 adapter, history = finetune(
-    model, lora_config(4, 2, ["q_proj", "k_proj"]), examples, lambda: accuracy(model, TASK, tokenizer, scored, 8),
+    model, lora_config(4, 2, ["q_proj", "k_proj"]), examples, lambda: score(model, TASK, tokenizer, scored, 8),
     batch_size=5, schedule=Schedule(8, 5e-3, 2, 1.0, 4, 30.0), seed=0,
 )
 norms = {name: float(value.norm()) for name, value in adapter.lora.items()}

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from sklearn.metrics import f1_score
 
 import calora
 from calora.adapters.fold import fold
@@ -25,7 +26,7 @@ from calora.models.loading import load_model
 from calora.models.tasks import Example
 from stages.config import load_params
 from stages.training import digest, run_key
-from tests.conftest import ROOT, change, make_project
+from tests.conftest import ROOT, TASK, change, make_project
 
 FIRST = (
     ("methods",), ("base",), ("download", "toy"), ("calibration",), ("teacher", "toy"), ("compress", "q8_up"),
@@ -68,8 +69,10 @@ def test_every_stage_for_other_families_and_generated_answers(tmp_path, kind, an
     monkeypatch.chdir(tmp_path)
     folder = make_project(tmp_path / "p", kind, answers)
     change(folder, "compare", [*COMPARED, "paper", "calora_scales"])
+    change(folder, "data.sets.toy.metrics", measured := ["f1", "accuracy" if answers else "em"])
     run_all(folder)
-    methods = json.loads((folder / "results/toy/q8_up/metrics.json").read_text())["methods"]
+    metrics = json.loads((folder / "results/toy/q8_up/metrics.json").read_text())
+    methods = metrics["methods"]
     assert {
         "llm",
         "llm_lora",
@@ -83,6 +86,47 @@ def test_every_stage_for_other_families_and_generated_answers(tmp_path, kind, an
     } <= set(methods)
     assert ("small_lora" in methods) == answers
     assert ("em" in methods["llm"]) != answers
+    assert (metrics["metric"], metrics["metrics"], metrics["per_item"]) == ("f1", measured, not answers)
+    others = "accuracy" if answers else "exact match"
+    assert f"| method | F1 | 95 % interval | {others} | MB on disk |" in Path("results/table.md").read_text()
+    assert Path("results/toy/q8_up/curves/calora/validation/f1.tsv").read_text().startswith("step\tf1\n0\t")
+    assert "validation f1" in Path("models/calora/toy/q8_up/README.md").read_text()
+    shown = json.loads(Path("results/summary.json").read_text())["toy"]["q8_up"]
+    said = json.loads(Path("models/evaluated/toy/q8_up/predictions.json").read_text())
+    for key, m in methods.items():
+        assert m["score"] == m["f1"] == pytest.approx(sum(said[key]["items"]) / 16, abs=1e-6)
+        assert m["ci"][0] - 5e-5 <= m["f1"] <= m["ci"][1] + 5e-5
+        if key in shown["f1"]:
+            assert {name: shown[name][key] for name in measured} == {name: round(m[name], 4) for name in measured}
+    if answers:  # scikit-learn's, from what each method answered
+        right = [json.loads(line)["label"] for line in Path("data/toy/test.jsonl").read_text().splitlines()]
+        for key, m in methods.items():
+            chosen = [TASK.answers.index(answer) for answer in said[key]["answers"]]
+            assert m["f1"] == pytest.approx(f1_score(right, chosen), abs=1e-12)
+
+
+def test_every_stage_for_answers_that_a_row_brings(tmp_path, monkeypatch):
+    """As COPA has them: two of several tokens each; some rows have no label, and the teacher chooses there."""
+    monkeypatch.chdir(tmp_path)
+    folder = make_project(tmp_path / "p", "t5")
+    for split in ("train", "validation", "test"):
+        path = folder / f"own/{split}.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows = [{**row, "one": f"the {row['text']}", "two": "was a film", "label": row["label"] - (n % 4 == 3 and 9)} for n, row in enumerate(rows)]  # fmt: skip
+        path.write_text("".join(json.dumps({**row, "label": max(row["label"], -1)}) + "\n" for row in rows))
+    change(folder, "data.sets.toy.answers", [" {one}", " {two}"])
+    change(folder, "data.sets.toy.likelihood", "mean")
+    change(folder, "compare", ["clm_lora", "calora", "calora_free"])
+    run_all(folder)
+    methods = json.loads(Path("results/toy/q8_up/metrics.json").read_text())["methods"]
+    assert set(methods) == {"llm", "llm_lora", "clm_lora", "clm_calora", "clm_calora_free"}
+    assert Path("data/toy/unlabelled.jsonl").read_text()
+    model = calora.load("models/compressed/q8_up")
+    model.load_adapter("models/calora/toy/q8_up", "toy")
+    asked = [{"text": "a film", "one": "good", "two": "is a bad plot"}, {"text": "the plot", "one": "x y", "two": "z"}]
+    assert all(a in (row["one"], row["two"]) for a, row in zip(model.answer(asked), asked, strict=True))
+    with pytest.raises(CaloraError, match="column 'one', found no such column"):
+        model.answer(["a film"])
 
 
 def test_results_hold_the_interface(project):

@@ -16,7 +16,7 @@ from calora.distillation.loss import hidden_distance, task_loss
 from calora.distillation.targets import Targets, write_targets
 from calora.distillation.training import Checkpoint, MasterWeights, Schedule, train
 from calora.errors import CaloraError
-from calora.evaluation.predict import accuracy, predict
+from calora.evaluation.predict import predict, score
 from calora.models.families import DecoderOnly, family_of
 from calora.models.loading import load_model, load_tokenizer
 from calora.models.tasks import Task, encode_all
@@ -66,15 +66,15 @@ def run(llama, checkpoint=None, stop_at=None):
     model = load_model(llama, torch.bfloat16, attention="eager")
     seen = []
 
-    def score():
+    def looked():
         if stop_at is not None and len(seen) == stop_at:
             raise KeyboardInterrupt
         seen.append(1)
-        return accuracy(model, TASK, tokenizer, examples, 8)
+        return score(model, TASK, tokenizer, examples, 8)
 
     config = lora_config(4, 2, ["q_proj", "k_proj"])
     adapter, history = finetune(
-        model, config, examples, score, batch_size=4, schedule=SCHEDULE, seed=0, checkpoint=checkpoint
+        model, config, examples, looked, batch_size=4, schedule=SCHEDULE, seed=0, checkpoint=checkpoint
     )
     return adapter.lora, history
 
