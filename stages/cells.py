@@ -17,6 +17,12 @@ def text_of(value: Any) -> Any:
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
+def filled_text(value: Any) -> str | None:
+    """The text of a cell, or of its number; None where there is none."""
+    value = text_of(value)
+    return value if isinstance(value, str) and value.strip() else None
+
+
 def _key(value: Any) -> str | None:
     """What a label is found by: true and "True", 1 and "1" and 1.0 are one; None where it is missing."""
     if isinstance(value, bool):

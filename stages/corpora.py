@@ -13,7 +13,7 @@ from typing import Any
 
 from calora.errors import CaloraError
 from calora.models.tasks import Task
-from stages.cells import answer_of, choices_of, label_of, places_of, text_of
+from stages.cells import answer_of, choices_of, filled_text, label_of, places_of
 from stages.config import Archive, DataSet, Files, HubData, Params, Scores
 from stages.files import Rows, own_path, read_file
 from stages.sources import fetch, first_line, read_member
@@ -160,43 +160,40 @@ def _read(source: Files | HubData, task: Task, split: str) -> tuple[str, Rows]:
 def _labelled(where: str, rows: Rows, source: Files | HubData, task: Task, split: str) -> Rows:
     """The columns of prompt and answers as texts, and `label`: a place in `labels`, the texts of an answer, or None."""
     places = places_of(source.labels, f"data.sets.{task.name}.labels")
+    if not rows:
+        return []
     known = {name for row in rows for name in row}
-    columns = [*task.columns, *(() if task.listed else task.answer_columns)]
-    called = {name: _called(source.columns.get(name, [name]), known, where) for name in columns} if rows else {}
-    label = _called(source.labels_of(split), known, where) if rows else ""
-    listed = task.answer_columns[0] if task.listed and rows else None
-    lists = _called(source.columns.get(listed, [listed]), known, where) if listed else ""
+    columns = dict.fromkeys([*task.columns, *task.answer_columns])
+    called = {name: _called(source.columns.get(name, [name]), known, where) for name in columns}
+    label, listed = _called(source.labels_of(split), known, where), task.answer_columns[0] if task.listed else None
     result: Rows = []
     for number, row in enumerate(rows, 1):
         place = f"{where}, row {number}, column"
-        made: dict[str, Any] = {name: text_of(row.get(column)) for name, column in called.items()}
-        wrong = {name for name, text in made.items() if not isinstance(text, str) or not text.strip()}
-        choices = choices_of(row.get(lists)) if listed else None
-        if (wrong or (listed and choices is None)) and source.incomplete == "leave_out":
+        read: dict[str, Any] = {
+            name: (choices_of if name == listed else filled_text)(row.get(column)) for name, column in called.items()
+        }
+        wrong = [name for name, found in read.items() if found is None]
+        if wrong and source.incomplete == "leave_out":
             continue
         for name in wrong:
-            fix = "give it, leave out the row, or say `incomplete: leave_out`"
-            raise CaloraError(
-                f"{place} '{called[name]}'", f"text in column '{called[name]}'", repr(made[name])[:80], fix
-            )
-        value, place = row.get(label), f"{place} '{label}'"
+            raise _without_text(place, row, called[name], name == listed)
+        own = places
         if listed:
-            if choices is None:
-                expected = "two texts or more: [...], or {text: [...], label: [...]}"
-                raise CaloraError(
-                    f"{where}, row {number}, column '{lists}'", expected, repr(row.get(lists))[:80], "give them"
-                )
-            made[listed], names = choices
-            own = places or places_of(names, place)
-            made["label"] = label_of(
-                value, {key: at for key, at in own.items() if at < len(names)}, place, source.missing
-            )
-        else:
-            made["label"] = label_of(value, places, place, source.missing) if task.scored else answer_of(value, place)
-        result.append(made)
+            read[listed], names = read[listed]
+            every = places or places_of(names, f"{place} '{called[listed]}'")
+            own = {key: at for key, at in every.items() if at < len(names)}
+        value, place = row.get(label), f"{place} '{label}'"
+        known_label = label_of(value, own, place, source.missing) if task.scored else answer_of(value, place)
+        result.append({**read, "label": known_label})
     if len(result) < len(rows):
         print(f"{task.name}: {len(rows) - len(result)} rows of {where} without a text left out")
     return result
+
+
+def _without_text(place: str, row: dict[str, Any], column: str, listed: bool) -> CaloraError:
+    expected = "two texts or more: [...], or {text: [...], label: [...]}" if listed else f"text in column '{column}'"
+    fix = "give it, leave out the row, or say `incomplete: leave_out`"
+    return CaloraError(f"{place} '{column}'", expected, repr(row.get(column))[:80], fix)
 
 
 def _called(names: Sequence[str], known: Collection[str], where: str) -> str:

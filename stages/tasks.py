@@ -24,7 +24,7 @@ def filled(entry: Any) -> Any:
     own = {key: value for key, value in entry.items() if key not in ("like", "folder")}
     task = dict(_task(entry["like"]))
     hub, files = task.pop("hub"), task.pop("files")
-    if "folder" not in entry:
+    if entry.get("folder") is None:
         return {"source": "hub", **hub, **task, **own}
     folder = str(entry["folder"]).rstrip("/")
     places = {split: _inside(folder, own.pop(split, files[split])) for split in SPLITS}
@@ -36,7 +36,7 @@ def _task(name: object) -> Mapping[str, Any]:
         tasks = _parsed(READY.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"{READY.name} with the tasks that are ready ({' '.join(str(error).split())})") from None
-    if name not in tasks:
+    if not isinstance(name, str) or name not in tasks:
         raise ValueError(f"`like` with one of {', '.join(tasks)} ({name!r} is none)")
     found: Mapping[str, Any] = tasks[name]
     return found
@@ -48,7 +48,9 @@ def _parsed(text: str) -> Any:
 
 
 def _inside(folder: str, names: Any) -> Any:
-    """File names as paths; those that were written as paths stay."""
-    if names is None:
-        return None
-    return [name if "/" in name else f"{folder}/{name}" for name in ([names] if isinstance(names, str) else names)]
+    """File names as paths; those that were written as paths stay, and so does what is no name."""
+    if isinstance(names, str):
+        names = [names]
+    if not isinstance(names, list):
+        return names
+    return [f"{folder}/{name}" if isinstance(name, str) and "/" not in name else name for name in names]

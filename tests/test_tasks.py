@@ -166,6 +166,8 @@ def test_a_mistake_in_a_ready_entry_stops_the_tasks_that_use_it_alone(folder):
     sets = yaml.safe_load(Path("params.yaml").read_text())["data"]["sets"]
     for wrong, said in (
         ({"like": "boolqq"}, r"data\.sets\.boolq.*'boolqq' is none"),
+        ({"like": ["boolq"]}, r"data\.sets\.boolq.*is none"),
+        ({"like": "boolq", "folder": "own/boolq", "train": 3}, r"data\.sets\.boolq.*train"),
         ({"like": "boolq", "metric": "f1"}, r"data\.sets\.boolq.*metric: expected no such key"),
         ({"like": "boolq", "metrics": ["f2"]}, r"data\.sets\.boolq.*metrics"),
         ({"like": "boolq", "answers": [" yes"], "labels": [1]}, r"data\.sets\.boolq.*two answers or more"),
