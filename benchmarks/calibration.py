@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from benchmarks.recovery import LAYERS, Compressor, lost, two_of_four
 from benchmarks.references import BASE, CALIBRATION, TUNING, tokens
@@ -40,7 +41,7 @@ def error(weight: Tensor, seen: Tensor, held: Tensor, compressor: Compressor, da
     return lost(weight - compressor(weight, seen.clone()), held) / lost(weight, held)  # factors are kept by tensor
 
 
-def moments_of(model: torch.nn.Module, texts: Sequence[Example]) -> dict[int, dict[str, Tensor]]:
+def moments_of(model: PreTrainedModel, texts: Sequence[Example]) -> dict[int, dict[str, Tensor]]:
     """Texts -> layer -> X^T X of the first so many."""
     layers = layers_of(model)
     found: dict[int, dict[str, Tensor]] = {}
@@ -67,7 +68,7 @@ def main() -> None:
                 print(f"{title} | {name} | {count} |", " | ".join(f"{value:.4f}" for value in errors), flush=True)
 
 
-def layers_of(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
+def layers_of(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
     """The layers that are looked at."""
     return {name: linear_layers(model)[name] for name in LAYERS}
 
