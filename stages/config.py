@@ -16,7 +16,9 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     TypeAdapter,
     ValidationError,
     ValidationInfo,
@@ -234,16 +236,41 @@ def _is_right(entry: Any) -> bool:
 
 
 class Imported(Section):
-    """A PEFT adapter in a folder inside own/; `sha256`, the fingerprint of its weights, may be left out."""
+    """An adapter in a folder inside own/; `sha256`, the fingerprint of its weights, may be left out."""
 
     path: str
     sha256: Sha256 | None = None
 
 
+class ImportedHub(Section):
+    """An adapter of a repository of the Hugging Face hub, at one commit, perhaps in a folder of it."""
+
+    repo: str
+    revision: Commit
+    folder: str | None = None
+    sha256: Sha256 | None = None
+
+
+def _place_of(entry: Any) -> str:
+    hub = "repo" in entry if isinstance(entry, dict) else isinstance(entry, ImportedHub)
+    return "hub" if hub else "path"
+
+
+class Fit(Section):
+    """The LoRA that stands in for an adapter of another kind."""
+
+    rank: Positive
+    texts: Positive
+
+
+AnyImported = Annotated[Annotated[Imported, Tag("path")] | Annotated[ImportedHub, Tag("hub")], Discriminator(_place_of)]
+
+
 class Teacher(Section):
     """The LoRA on the uncompressed LLM."""
 
-    adapters: dict[str, Imported]
+    adapters: dict[str, AnyImported]
+    fit: Fit
     rank: Positive
     lora_alpha: Annotated[float, Field(gt=0)]
     targets: Annotated[list[str], Field(min_length=1)]
