@@ -79,7 +79,7 @@ def _mlx_scale(config: Path, raw: Mapping[str, Any], parameters: Mapping[str, An
     scale, alpha, rank = (parameters.get(key) for key in ("scale", "alpha", "rank"))
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
         raise CaloraError(config, "a number for lora_parameters.scale", repr(scale), PLAIN)
-    if alpha is not None and alpha != rank and "num_layers" not in raw:
+    if alpha is not None and alpha != rank and raw.get("num_layers") is None:
         found = f"scale {scale} and alpha {alpha}, of a release that may have multiplied them"
         fix = "remove alpha, or (where mlx-lm computed scale x alpha / rank) put that product into scale"
         raise CaloraError(config, "a scale alone in lora_parameters", found, fix)
