@@ -55,6 +55,7 @@ TAKEN = (
     "compressed",
     "brought",
     "methods",
+    "written",
     "inherited",
     "evaluated",
 )
@@ -256,6 +257,14 @@ def _place_of(entry: Any) -> str:
     return "hub" if hub else "path"
 
 
+class Written(Section):
+    """The texts that the teacher writes for a method with `texts: written`."""
+
+    texts: Positive
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    tokens: Positive
+
+
 class Fit(Section):
     """The LoRA that stands in for an adapter of another kind."""
 
@@ -271,6 +280,7 @@ class Teacher(Section):
 
     adapters: dict[str, AnyImported]
     fit: Fit
+    written: Written
     rank: Positive
     lora_alpha: Annotated[float, Field(gt=0)]
     targets: Annotated[list[str], Field(min_length=1)]
@@ -385,6 +395,17 @@ class Method(Section):
 
     start: Start
     loss: Loss | Literal["labels"] | None
+    texts: Literal["task", "written"]
+
+    @model_validator(mode="after")
+    def _no_label_of_a_written_text(self) -> Self:
+        if self.texts == "written" and not (
+            self.loss is None or (isinstance(self.loss, Loss) and self.loss.labels == 0)
+        ):
+            raise ValueError(
+                "`texts: written` goes with `loss: {labels: 0}` or `loss: null`: such texts have no labels"
+            )
+        return self
 
 
 class Evaluate(Section):

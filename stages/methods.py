@@ -1,12 +1,12 @@
-"""Write each method of params.yaml in full. Writes models/methods/<method>: start.json and loss.json.
+"""Write each method of params.yaml in full. Writes models/methods/<method>: start.json, loss.json and texts.json.
 
-Two files, so that another weight of a loss makes no start again; and a stage of its own, so that what a method takes
+Apart, so that another weight of a loss makes no start again; and a stage of its own, so that what a method takes
 from another (`like`, `budget`) is seen by DVC: it compares what is written here.
 """
 
 from __future__ import annotations
 
-from calora.common.files import whole_directory, write_json
+from calora.common.files import read_json, whole_directory, write_json
 from stages.common import METHODS, run
 from stages.config import Params
 from stages.resolve import resolve
@@ -24,6 +24,12 @@ def main(params: Params) -> None:
             write_json(scratch / name / "start.json", entry["start"])
             loss = LABELS if entry["loss"] == "labels" else entry["loss"]
             write_json(scratch / name / "loss.json", {"steps": loss is not None, **(loss or {})})
+            write_json(scratch / name / "texts.json", {"texts": entry["texts"]})
+
+
+def texts_of(method: str) -> str:
+    """Which texts a method knows: those of the task, or `written` ones."""
+    return str(read_json(METHODS / method / "texts.json", "run `dvc repro methods`")["texts"])
 
 
 if __name__ == "__main__":

@@ -11,8 +11,10 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 import pytest
+import torch
 
-from calora.common.files import fingerprint
+from calora.common.files import fingerprint, write_json
+from calora.common.tensors import write_tensors
 from calora.errors import CaloraError
 from stages.config import load_params
 from tests.conftest import change, make_model, make_project, toy_rows
@@ -146,6 +148,28 @@ def test_a_dataset_of_the_hub(hub, tmp_path):
     change(folder, "data.sets", {"toy": {**DATA, "test": "exam"}})
     result = stage(folder, address, "stages.download", "toy")
     assert result.returncode == 1 and "us/toy, split exam" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_an_adapter_of_the_hub(hub, tmp_path):
+    root, address = hub
+    repo = root / "models/us/lora/second"
+    repo.mkdir(parents=True)
+    write_json(repo / "adapter_config.json", {"peft_type": "LORA", "r": 2})
+    write_tensors(repo / "adapter_model.safetensors", {"a": torch.ones(2, 2)})
+    (repo / "optimizer.pt").write_bytes(b"\x80\x04")
+    folder = make_project(tmp_path / "p")
+    source = {"repo": "us/lora", "revision": COMMIT, "folder": "second"}
+    change(folder, "teacher.adapters", {"toy": source})
+    result = stage(folder, address, "stages.download", "toy")
+    assert result.returncode == 0, result.stderr
+    assert fingerprint(folder / "models/brought/toy") == fingerprint(repo)
+    assert not list((folder / "hf").rglob("*.pt"))
+    change(folder, "teacher.adapters", {"toy": {"repo": "us/lora", "revision": COMMIT}})
+    result = stage(folder, address, "stages.download", "toy")
+    assert result.returncode == 1 and "the configuration of an adapter" in result.stderr, result.stderr
+    change(folder, "teacher.adapters", {"toy": {**source, "revision": "main"}})
+    result = stage(folder, address, "stages.download", "toy")
+    assert result.returncode == 1 and "params.yaml: teacher.adapters.toy.revision" in result.stderr
 
 
 def test_a_network_that_gives_no_answer_is_told_from_a_mistake(tmp_path):
