@@ -254,7 +254,7 @@ class ImportedHub(Section):
 
 def _place_of(entry: Any) -> str:
     hub = "repo" in entry if isinstance(entry, dict) else isinstance(entry, ImportedHub)
-    return "hub" if hub else "path"
+    return "[hub]" if hub else "[own]"
 
 
 class Written(Section):
@@ -263,6 +263,7 @@ class Written(Section):
     texts: Positive
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     tokens: Positive
+    lead: str
 
 
 class Fit(Section):
@@ -272,7 +273,9 @@ class Fit(Section):
     texts: Positive
 
 
-AnyImported = Annotated[Annotated[Imported, Tag("path")] | Annotated[ImportedHub, Tag("hub")], Discriminator(_place_of)]
+AnyImported = Annotated[
+    Annotated[Imported, Tag("[own]")] | Annotated[ImportedHub, Tag("[hub]")], Discriminator(_place_of)
+]
 
 
 class Teacher(Section):
@@ -516,7 +519,9 @@ def load_params(path: Path = PARAMS) -> Params:
 def _told_shortly(error: ValidationError, path: Path) -> CaloraError:
     first = error.errors()[0]
     key = ".".join(
-        str(part) for part in first["loc"] if part not in ("pypi", "hub", "path", "scores", "files", "[key]")
+        str(part)
+        for part in first["loc"]
+        if part not in ("pypi", "hub", "path", "scores", "files", "[key]", "[own]", "[hub]")
     )
     found = "nothing" if first["type"] == "missing" else repr(first["input"])
     if first["type"] == "extra_forbidden":

@@ -30,8 +30,7 @@ from calora.models.loading import training_attention
 from calora.models.tasks import Row, Task, encode_all, positions
 from stages.common import METHODS, adapter, compressed, inherited, results, run, targets, written
 from stages.config import Params, Start
-from stages.methods import texts_of
-from stages.splits import TARGETS, read_split, read_task, read_written
+from stages.splits import TARGETS, read_split, read_task, read_written, texts_of
 from stages.training import checkpoint, run_key, schedule, scorer
 
 MADE_BY = "run `dvc repro methods`"

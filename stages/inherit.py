@@ -27,8 +27,7 @@ from calora.saving import REPORT
 from stages.common import BASE, METHODS, compressed, inherited, run, teacher
 from stages.config import Bypass as Bypassed
 from stages.config import Params, Start
-from stages.methods import texts_of
-from stages.splits import read_split, read_task, read_written
+from stages.splits import read_split, read_task, read_written, texts_of
 
 
 def main(params: Params, name: str, recipe: str, method: str) -> None:

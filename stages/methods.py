@@ -6,7 +6,7 @@ from another (`like`, `budget`) is seen by DVC: it compares what is written here
 
 from __future__ import annotations
 
-from calora.common.files import read_json, whole_directory, write_json
+from calora.common.files import whole_directory, write_json
 from stages.common import METHODS, run
 from stages.config import Params
 from stages.resolve import resolve
@@ -25,11 +25,6 @@ def main(params: Params) -> None:
             loss = LABELS if entry["loss"] == "labels" else entry["loss"]
             write_json(scratch / name / "loss.json", {"steps": loss is not None, **(loss or {})})
             write_json(scratch / name / "texts.json", {"texts": entry["texts"]})
-
-
-def texts_of(method: str) -> str:
-    """Which texts a method knows: those of the task, or `written` ones."""
-    return str(read_json(METHODS / method / "texts.json", "run `dvc repro methods`")["texts"])
 
 
 if __name__ == "__main__":

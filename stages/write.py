@@ -11,7 +11,7 @@ from __future__ import annotations
 from calora.common.files import whole_directory, write_json
 from stages.common import run, written
 from stages.config import Params
-from stages.methods import texts_of
+from stages.splits import texts_of
 
 
 def main(params: Params, name: str, method: str) -> None:

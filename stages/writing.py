@@ -38,7 +38,7 @@ def write(params: Params, name: str, method: str) -> None:
     unfinished = CHECKPOINTS / out / hashlib.sha256(key.encode()).hexdigest()
     rows = write_rows(
         unfinished / "batches", model, tokenizer, task, own.texts, temperature=own.temperature, tokens=own.tokens,
-        seed=params.seed, batch_size=batch, title=f"{name}: the teacher writes",
+        seed=params.seed, batch_size=batch, lead=own.lead, title=f"{name}: the teacher writes",
     )  # fmt: skip
     examples = encode_all(task, tokenizer, rows, positions(model.config))
     write_targets(

@@ -183,6 +183,12 @@ KINDS = {
     "AdaLoRA": Kind(
         TEACHER, "AdaLoRA", AdaLoraConfig(init_r=6, target_r=4, total_step=10, target_modules=TARGETS), start="fitted",
     ),
+    "AdaLoRA with its ranks allocated": Kind(
+        TEACHER,
+        "AdaLoRA",
+        AdaLoraConfig(init_r=6, target_r=4, tinit=1, tfinal=2, total_step=8, target_modules=TARGETS),
+        start="fitted",
+    ),
     "LoHa": Kind(TEACHER, "LoHa", LoHaConfig(r=2, target_modules=TARGETS), start="fitted"),
     "LoKr": Kind(TEACHER, "LoKr", LoKrConfig(r=2, target_modules=TARGETS), start="fitted"),
     "modules_to_save: norms": Kind(
@@ -320,11 +326,24 @@ def made(kind: Kind, home: Path, folder: Path) -> Path:
         for _, parameter in sorted(model.named_parameters()):
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape) * 0.2)
+    if getattr(kind.config, "tfinal", 0):
+        allocate(model, kind.config.total_step)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.save_pretrained(folder)
     (folder / "base").symlink_to(home / "base")
     return folder
+
+
+def allocate(model: Any, steps: int) -> None:
+    """AdaLoRA's own pruning of ranks, by the gradients of a few steps."""
+    for step in range(steps):
+        ids = torch.randint(3, 18, (4, 8))
+        model(input_ids=ids, labels=ids).loss.backward()
+        model.base_model.update_and_allocate(step)
+        model.zero_grad()
+    ranks = {sum(kept) for kept in model.peft_config["default"].rank_pattern.values()}
+    assert len(ranks) > 1  # layers differ in what they kept
 
 
 def prepared(kind: Kind, home: Path, tmp_path: Path) -> tuple[Path, Path]:

@@ -41,6 +41,8 @@ def stand_in(model: PreTrainedModel, examples: Sequence[Example], rank: int) -> 
     errors: dict[str, float] = {}
     for name, moment in input_second_moments(model, examples, changed) if changed else ():
         delta = _change(changed[name])
+        if not bool(delta.any()):  # AdaLoRA may leave a layer no rank; zero in both factors could never learn
+            continue
         p, q = best_linear_correction(delta, moment, min(rank, *delta.shape))
         lora[f"{name}.lora_A.weight"], lora[f"{name}.lora_B.weight"] = p.T.contiguous(), q.T.contiguous()
         errors[name] = round(weighted_size(delta - (p @ q).T, moment) / weighted_size(delta, moment), 6)

@@ -44,7 +44,8 @@ def write_rows(
     tokens: int,
     seed: int,
     batch_size: int,
-    title: str,
+    title: str | None,
+    lead: str = "",
 ) -> list[Row]:
     """Let the teacher write `count` rows of the prompt's columns, no two alike.
 
@@ -55,6 +56,7 @@ def write_rows(
         model: the uncompressed base with the adapter, in use; decoder-only.
         temperature: > 0; 1 samples what the model says, of the whole vocabulary.
         tokens: longest text of a column, >= 1.
+        lead: words in front of the prompt while it is written, such as what the texts are; no part of a row.
 
     Raises:
         CaloraError: the model writes no texts, or too few different ones.
@@ -71,7 +73,7 @@ def write_rows(
         if not file.exists():
             with torch.random.fork_rng():
                 torch.manual_seed(seed * 2**20 + number)
-                rows = _batch(model, tokenizer, task, batch_size, temperature, tokens)
+                rows = _batch(model, tokenizer, task, batch_size, temperature, tokens, lead)
             write_text(file, json.dumps(rows))
         for row in json.loads(file.read_text(encoding="utf-8")):
             if all(row.values()):
@@ -83,12 +85,18 @@ def write_rows(
 
 
 def _batch(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, size: int, temperature: float, tokens: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    size: int,
+    temperature: float,
+    tokens: int,
+    lead: str,
 ) -> list[Row]:
     """As many rows, some of them perhaps empty."""
     parts = [(literal, column) for literal, column, _, _ in Formatter().parse(task.prompt)]
     rows: list[Row] = [{} for _ in range(size)]
-    prompts = [""] * size
+    prompts = [lead] * size
     for (literal, column), (after, _) in zip(parts, [*parts[1:], ("", None)], strict=True):
         prompts = [prompt + literal for prompt in prompts]
         if not column:
