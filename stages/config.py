@@ -263,7 +263,8 @@ class Written(Section):
     texts: Positive
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     tokens: Positive
-    lead: str
+    by: Literal["base", "teacher"]
+    leads: dict[str, str]
 
 
 class Fit(Section):

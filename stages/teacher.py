@@ -60,22 +60,33 @@ def take_imported(params: Params, task: Task, theirs: Path, model: Any) -> None:
     tokenizer = load_tokenizer(BASE)
     rows = read_split(task.name, "train")
     adapter = import_adapter(theirs, model, tokenizer, [task.render(row) for row in rows])
-    score = scorer(model, task, tokenizer, params)
-    about: dict[str, Any] = {"beyond": [], "validation_accuracy": {"base": score()}}
+    place(model)
+    scores = {"base": scorer(model, task, tokenizer, params)()}
+    about: dict[str, Any] = {"beyond": [], "validation_accuracy": scores}
     if isinstance(adapter, Whole):
         attach_whole(model, adapter, theirs)
         about["beyond"] = adapter.beyond
         lora = _lora_of(params, task, adapter, model, about)
+        if about["lora"] != "fresh":
+            alone = with_lora(load_model(BASE, attention=training_attention()), lora, task.name)
+            scores["lora"] = scorer(alone, task, tokenizer, params)()
     else:
         lora = adapter
-        attach_adapter(model, lora, task.name)
-        set_active(model, task.name)
-    about["validation_accuracy"]["adapter"] = score()
+        with_lora(model, lora, task.name)
+    scores["adapter"] = scorer(model, task, tokenizer, params)()
     card, notes = plain_card(task, str(BASE)), {FILE: versions(), IMPORTED: about}
     write_adapter(teacher(task.name), lora, str(BASE), card, torch.bfloat16, notes)
     if isinstance(adapter, Whole):
         write_whole(teacher(task.name) / WHOLE, adapter)
     print(told(task.name, about))
+
+
+def with_lora(model: Any, lora: Adapter, name: str) -> Any:
+    """The model with a LoRA on it, in use."""
+    attach_adapter(model, lora, name)
+    set_active(model, name)
+    place(model)
+    return model
 
 
 def _lora_of(params: Params, task: Task, whole: Whole, model: Any, about: dict[str, Any]) -> Adapter:
@@ -115,6 +126,7 @@ def told(name: str, about: dict[str, Any]) -> str:
     errors = about.get("errors") or {}
     kinds = {"its own": "its LoRA", "fresh": "a fresh LoRA", "fitted": "a LoRA that is fitted to it"}
     line += f". The student starts from {kinds[about['lora']]}"
+    line += f", alone {scores['lora']:.3f}" if "lora" in scores else ""
     return line + (f" (left out: {sum(errors.values()) / len(errors):.2f} of a layer's change)" if errors else "")
 
 

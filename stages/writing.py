@@ -30,16 +30,20 @@ def write(params: Params, name: str, method: str) -> None:
     """texts.jsonl and targets/; gathered where DVC removes nothing, so that an interrupted run goes on."""
     task, own, out = read_task(name), params.teacher.written, written(name, method)
     model, tokenizer = load_model(BASE, attention=training_attention()), load_tokenizer(BASE)
-    attach_teacher(model, teacher(name), name)
     place(model)
+    if own.by == "teacher":
+        attach_teacher(model, teacher(name), name)
     batch, folders = params.train.eval_batch_size, digest(BASE, teacher(name))
     settings = (params.seed, own.model_dump_json(), batch, params.teacher.top_k, str(model.dtype))
     key = repr((versions(), digest(CODE, suffixes=(".py",)), folders, task.to_json(), settings))
     unfinished = CHECKPOINTS / out / hashlib.sha256(key.encode()).hexdigest()
     rows = write_rows(
         unfinished / "batches", model, tokenizer, task, own.texts, temperature=own.temperature, tokens=own.tokens,
-        seed=params.seed, batch_size=batch, lead=own.lead, title=f"{name}: the teacher writes",
+        seed=params.seed, batch_size=batch, lead=own.leads.get(name, ""), title=f"{name}: texts are written",
     )  # fmt: skip
+    if own.by == "base":
+        attach_teacher(model, teacher(name), name)
+        place(model)
     examples = encode_all(task, tokenizer, rows, positions(model.config))
     write_targets(
         unfinished / TARGETS, model, task, tokenizer, examples, batch, params.teacher.top_k,

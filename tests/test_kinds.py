@@ -504,7 +504,7 @@ def test_a_teacher_of_another_kind_goes_through_the_stages(tmp_path, monkeypatch
     assert (
         about["beyond"] == ["(IA)3"]
         and len(about["errors"]) == 6
-        and set(about["validation_accuracy"]) == {"base", "adapter"}
+        and set(about["validation_accuracy"]) == {"base", "adapter", "lora"}
     )
     fitted, trained = (read_plain_lora(folder / "models" / part) for part in ("teacher/toy", "calora/toy/q8_up"))
     assert {tensor.shape[0] for key, tensor in fitted.lora.items() if ".lora_A." in key} == {3}

@@ -88,6 +88,21 @@ def test_words_are_drawn_as_the_model_says(model, tmp_path):
     assert bool(((counts / counts.sum() - expected).abs() < 4.5 * deviation + 1e-3).all())
 
 
+def test_a_lead_stands_in_front_while_it_is_written(model, tmp_path, monkeypatch):
+    """It is read, and is no part of a row."""
+    read = []
+    own = type(model).generate
+    monkeypatch.setattr(
+        type(model), "generate", lambda self, **inputs: read.append(inputs["input_ids"]) or own(self, **inputs)
+    )
+    tokenizer = load_tokenizer(Path(model.name_or_path))
+    rows = write_rows(
+        tmp_path / "a", model, tokenizer, TASK, 8, temperature=1.0, tokens=4, seed=0, batch_size=8, title=None,
+        lead="the plot is ",
+    )  # fmt: skip
+    assert tokenizer.decode(read[0][0]) == "the plot is Review:" and len(rows) == 8
+
+
 def test_a_model_that_says_the_same_is_refused(model, tmp_path):
     with pytest.raises(CaloraError, match="expected 12 texts that differ, found 1"):
         texts(model, tmp_path / "a", temperature=1e-4, tokens=3)
@@ -103,6 +118,8 @@ def test_an_encoder_decoder_writes_none(tmp_path):
 def test_methods_learn_from_what_the_teacher_wrote(tmp_path, answers, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = make_project(tmp_path / "p", answers=answers)
+    change(folder, "teacher.written.by", "base" if answers else "teacher")
+    change(folder, "teacher.written.leads", {"toy": "a film was "})
     change(folder, "methods.clm_written", {"like": "clm", "texts": "written"})
     change(
         folder, "compare", ["calora_written", "calora_written_free", "calora_free", "clm_written", "calora", "clm_lora"]
