@@ -217,6 +217,9 @@ KINDS = {
     "PiSSA in some steps, CorDA, LoRA-GA, LoftQ": Kind(
         REFUSED, "counts from a base that it has changed", entries={"init_lora_weights": "corda"},
     ),
+    "PiSSA with more than a LoRA": Kind(
+        REFUSED, "counts from a base that it has changed", lora(init_lora_weights="pissa", modules_to_save=["norm"])
+    ),
     "aLoRA": Kind(REFUSED, "aLoRA", lora(alora_invocation_tokens=[3, 5])),
     "replicated layers, Megatron, QALoRA, ...": Kind(REFUSED, "replicated layers", entries={"layer_replication": [[0, 2]]}),
     "a classifier's head (SEQ_CLS)": Kind(REFUSED, "a head of its own", entries={"task_type": "SEQ_CLS"}),
@@ -244,6 +247,7 @@ REASONS = {  # of what is refused, for the page: the message says more
     "OFT, BOFT, HRA, ...": "they multiply the weights: merge it into the base, and name that base",
     "prompt and prefix tuning": "virtual tokens have no place in a text's states: train a LoRA",
     "PiSSA in some steps, CorDA, LoRA-GA, LoftQ": "counts from a base that was changed: PEFT converts it",
+    "PiSSA with more than a LoRA": "the same",
     "aLoRA": "acts from an invocation on",
     "replicated layers, Megatron, QALoRA, ...": "another model, or layers that are not linear ones",
     "a classifier's head (SEQ_CLS)": "the base has no such head: train it to write the label",

@@ -30,6 +30,7 @@ from calora.adapters.features import FEATURES, FIELDS, MERGE, PLAIN, PLAIN_START
 from calora.adapters.folder import read_plain_lora
 from calora.adapters.foreign import (
     FACTOR,
+    REPEATABLE,
     WRAPPERS,
     beyond_factors,
     check_values,
@@ -68,7 +69,7 @@ KINDS: dict[str, tuple[str, type[PeftConfig], tuple[str, ...]]] = {  # peft_type
     "VERA": ("VeRA", VeraConfig, (*TARGETED, "r", "projection_prng_key", "save_projection", "bias")),
     "ADALORA": (
         "AdaLoRA", AdaLoraConfig,
-        (*TARGETED, "target_r", "init_r", "lora_alpha", "tinit", "tfinal", "total_step", "rank_pattern", "bias"),
+        (*TARGETED, "target_r", "init_r", "lora_alpha", "rank_pattern", "bias"),
     ),
     "LOHA": ("LoHa", LoHaConfig, LYCORIS),
     "LOKR": ("LoKr", LoKrConfig, (*LYCORIS, "decompose_both", "decompose_factor")),
@@ -123,6 +124,8 @@ def import_adapter(
     beyond = _beyond(weights, raw, tensors, model)
     if not beyond:
         return plain_of(directory, raw, tensors, model)
+    if raw["peft_type"] == "LORA":
+        _check_plain(path, raw, PLAIN_STARTS)  # PiSSA's start is taken off a plain LoRA alone
     named = _by_peft_s_names(weights, tensors, model)
     check_values(weights, named)
     return Whole(_config_of(path, raw), named, beyond, _carried(directory, raw, tensors, model))
@@ -191,9 +194,12 @@ def _check_kind(path: Path, raw: Mapping[str, Any]) -> None:
         prompts = "PROMPT" in str(kind) or kind in ("PREFIX_TUNING", "P_TUNING", "CARTRIDGE")
         raise CaloraError(path, f"{known}, or DoRA (peft_type)", kind, PLAIN if prompts else MERGE)
     if kind == "LORA":
-        plain_lora(
-            path, {key: value for key, value in raw.items() if key not in BEYOND}, (*PLAIN_STARTS, "pissa", "olora")
-        )
+        _check_plain(path, raw, (*PLAIN_STARTS, *REPEATABLE))
+
+
+def _check_plain(path: Path, raw: Mapping[str, Any], starts: Sequence[str]) -> None:
+    """`plain_lora`, but for what makes a LoRA a teacher."""
+    plain_lora(path, {key: value for key, value in raw.items() if key not in BEYOND}, starts)
 
 
 def _beyond(path: Path, raw: Mapping[str, Any], tensors: Mapping[str, Tensor], model: PreTrainedModel) -> list[str]:
@@ -243,8 +249,7 @@ def _config_of(path: Path, raw: Mapping[str, Any]) -> PeftConfig:
     known = {field.name for field in dataclasses.fields(cls)}
     values = {key: raw[key] for key in fields if key in known and raw.get(key) is not None}
     if raw["peft_type"] == "ADALORA":
-        values["total_step"] = max(int(raw.get("total_step") or 1), 1)  # the schedule is over: any that PEFT takes
-        values |= {"tinit": 0, "tfinal": 0}
+        values["total_step"] = 1  # the schedule is over: any that PEFT takes
     try:
         return cls(**values, inference_mode=True)
     except (TypeError, ValueError) as error:
