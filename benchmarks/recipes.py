@@ -28,7 +28,7 @@ TASKS = ("movies", "tweets", "amazon", "nyt")
 REFERENCES = ("llm", "llm_lora", "small_lora")
 OURS, BASELINE, FREE, WIDE = "clm_calora", "clm_lora", "clm_calora_free", "clm_wide"
 STEP = 10  # MB, of the front
-MARKS = "<!-- {} of benchmarks.recipes -->"
+MARKS = "<!-- {} of {} -->"
 Key = tuple[str, str]  # recipe (of a reference: ""), method
 
 
@@ -205,9 +205,9 @@ def bytes_table(found: Results) -> Table:
     return Table("bytes", ["recipe", "MB", "share"], {0}, rows)
 
 
-def between(text: str, name: str, new: str) -> str:
-    """The text with what stands between two marks replaced."""
-    first, last = MARKS.format(f"start: {name}"), MARKS.format(f"end: {name}")
+def between(text: str, name: str, new: str, of: str = "benchmarks.recipes") -> str:
+    """The text with what stands between two marks of a benchmark replaced."""
+    first, last = MARKS.format(f"start: {name}", of), MARKS.format(f"end: {name}", of)
     head, _, rest = text.partition(first)
     return f"{head}{first}\n{new}\n{last}{rest.partition(last)[2]}"
 

@@ -20,6 +20,7 @@ _HOME = {
     "compress": "calora.compression",
     "distill": "calora.distillation.distill",
     "fold": "calora.adapters.fold",
+    "import_adapter": "calora.adapters.teachers",
     "import_lora": "calora.adapters.foreign",
     "inherit": "calora.inheritance.inherit",
     "load": "calora.compressed",

@@ -25,6 +25,7 @@ from stages.resolve import merged
 
 SMOKE: dict[str, Any] = {
     "data": {"sizes": {"train": 96, "unlabelled": 48, "validation": 32, "test": 64}},
+    "teacher": {"written": {"texts": 48}},
     "train": {"steps": 6, "batch_size": 8, "warmup": 2, "eval_every": 6},
     "methods": {"calora": {"start": {"calibration_texts": 32}}},
     "compress": {"calibration": {"texts": 32, "tuning": 32}},

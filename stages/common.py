@@ -41,6 +41,11 @@ def targets(task: str) -> Path:
     return Path("models/targets") / task
 
 
+def written(task: str, method: str) -> Path:
+    """The texts that the teacher wrote for a method, and its outputs for them; for most methods a note."""
+    return Path("models/written") / task / method
+
+
 def compressed(recipe: str) -> Path:
     """A compressed base."""
     return Path("models/compressed") / recipe

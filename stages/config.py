@@ -18,7 +18,9 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     TypeAdapter,
     ValidationError,
     ValidationInfo,
@@ -57,6 +59,7 @@ TAKEN = (
     "compressed",
     "brought",
     "methods",
+    "written",
     "inherited",
     "evaluated",
 )
@@ -258,16 +261,54 @@ def _is_right(entry: Any) -> bool:
 
 
 class Imported(Section):
-    """A PEFT adapter in a folder inside own/; `sha256`, the fingerprint of its weights, may be left out."""
+    """An adapter in a folder inside own/; `sha256`, the fingerprint of its weights, may be left out."""
 
     path: str
     sha256: Sha256 | None = None
 
 
+class ImportedHub(Section):
+    """An adapter of a repository of the Hugging Face hub, at one commit, perhaps in a folder of it."""
+
+    repo: str
+    revision: Commit
+    folder: str | None = None
+    sha256: Sha256 | None = None
+
+
+def _place_of(entry: Any) -> str:
+    hub = "repo" in entry if isinstance(entry, dict) else isinstance(entry, ImportedHub)
+    return "[hub]" if hub else "[own]"
+
+
+class Written(Section):
+    """The texts that the teacher writes for a method with `texts: written`."""
+
+    texts: Positive
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    tokens: Positive
+    by: Literal["base", "teacher"]
+    leads: dict[str, str]
+
+
+class Fit(Section):
+    """The LoRA that stands in for an adapter of another kind."""
+
+    rank: Positive
+    texts: Positive
+
+
+AnyImported = Annotated[
+    Annotated[Imported, Tag("[own]")] | Annotated[ImportedHub, Tag("[hub]")], Discriminator(_place_of)
+]
+
+
 class Teacher(Section):
     """The LoRA on the uncompressed LLM."""
 
-    adapters: dict[str, Imported]
+    adapters: dict[str, AnyImported]
+    fit: Fit
+    written: Written
     rank: Positive
     lora_alpha: Annotated[float, Field(gt=0)]
     targets: Annotated[list[str], Field(min_length=1)]
@@ -382,6 +423,17 @@ class Method(Section):
 
     start: Start
     loss: Loss | Literal["labels"] | None
+    texts: Literal["task", "written"]
+
+    @model_validator(mode="after")
+    def _no_label_of_a_written_text(self) -> Self:
+        if self.texts == "written" and not (
+            self.loss is None or (isinstance(self.loss, Loss) and self.loss.labels == 0)
+        ):
+            raise ValueError(
+                "`texts: written` goes with `loss: {labels: 0}` or `loss: null`: such texts have no labels"
+            )
+        return self
 
 
 class Evaluate(Section):
@@ -492,7 +544,9 @@ def load_params(path: Path = PARAMS) -> Params:
 def _told_shortly(error: ValidationError, path: Path) -> CaloraError:
     first = error.errors()[0]
     key = ".".join(
-        str(part) for part in first["loc"] if part not in ("pypi", "hub", "path", "scores", "files", "[key]")
+        str(part)
+        for part in first["loc"]
+        if part not in ("pypi", "hub", "path", "scores", "files", "[key]", "[own]", "[hub]")
     )
     found = "nothing" if first["type"] == "missing" else repr(first["input"])
     if first["type"] == "extra_forbidden":

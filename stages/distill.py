@@ -1,11 +1,12 @@
 """Train the adapter that a method starts from, by the loss of the method; without a loss it stays as it is.
 
 Reads models/methods/<method>, models/inherited/<task>/<recipe>/<method>, models/compressed/<recipe>, models/targets/<task>,
-data/<task>; writes models/<method>/<task>/<recipe> and results/<task>/<recipe>/curves/<method>.
+models/written/<task>/<method>, data/<task>; writes models/<method>/<task>/<recipe> and results/<task>/<recipe>/curves/<method>.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,10 @@ from calora.distillation.targets import Targets
 from calora.distillation.training import History
 from calora.errors import CaloraError
 from calora.models.loading import training_attention
-from calora.models.tasks import Task, encode_all, positions
-from stages.common import METHODS, adapter, compressed, inherited, results, run, targets
+from calora.models.tasks import Row, Task, encode_all, positions
+from stages.common import METHODS, adapter, compressed, inherited, results, run, targets, written
 from stages.config import Params, Start
-from stages.splits import read_split, read_task
+from stages.splits import TARGETS, read_split, read_task, read_written, texts_of
 from stages.training import checkpoint, run_key, schedule, scorer
 
 MADE_BY = "run `dvc repro methods`"
@@ -43,7 +44,7 @@ def main(params: Params, name: str, recipe: str, method: str) -> None:
     loss = read_json(METHODS / method / "loss.json", MADE_BY)
     out, saved, kind = adapter(method, name, recipe), None, format_of(method)
     if loss.pop("steps"):
-        inputs = [source, compressed(recipe), targets(name)]
+        inputs = [source, compressed(recipe), targets(name), written(name, method)]
         saved = checkpoint(out, run_key(params, name, inputs, (loss, str(model.dtype))))
         made, history = distill(
             model, start, *pools(params, task, model, loss, method), score, weights(loss), batch_size=params.train.batch_size,
@@ -90,12 +91,16 @@ def pools(
     """The texts that the method learns from with their labels, and those without; its loss says of how many it knows them."""
     told, limit = weights(loss).needs_teacher, positions(model.config)
 
-    def pool(split: str) -> Pool | None:
-        rows = read_split(task.name, split)
-        theirs = Targets(targets(task.name) / split) if rows and told else None
+    def pool(rows: Sequence[Row], stored: Path) -> Pool | None:
+        theirs = Targets(stored) if rows and told else None
         return Pool(encode_all(task, model.calora_tokenizer, rows, limit), theirs) if rows else None
 
-    labelled, unlabelled = pool("train"), pool("unlabelled") if told else None
+    if texts_of(method) == "written":
+        return None, pool(read_written(task.name, method), written(task.name, method) / TARGETS)
+    labelled, unlabelled = (
+        pool(read_split(task.name, split), targets(task.name) / split) if told or split == "train" else None
+        for split in ("train", "unlabelled")
+    )
     if loss["labels"] == "all":
         return labelled, unlabelled
     assert labelled is not None  # read_split raises on an empty training split

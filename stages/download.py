@@ -11,13 +11,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from calora.common.files import check_tensors, fingerprint, read_json, whole_directory, write_json, write_text
+from calora.adapters.places import CONFIG, LORA, MLX, TOKENIZER, adapter_files
+from calora.common.files import fingerprint, read_json, whole_directory, write_json, write_text
 from calora.errors import CaloraError
 from calora.models.tasks import Task
 from stages.common import brought, data, run
-from stages.config import Imported, Params
+from stages.config import Imported, ImportedHub, Params
 from stages.corpora import SPLITS, split_pools, task_of
 from stages.files import own_path
+from stages.sources import snapshot
 
 
 def main(params: Params, name: str) -> None:
@@ -50,7 +52,7 @@ def main(params: Params, name: str) -> None:
             print(f"{name}: {len(rows)} {split}" + (f" ({left} without a label left out)" if left else ""))
 
 
-def bring(imported: Imported | None, name: str) -> None:
+def bring(imported: Imported | ImportedHub | None, name: str) -> None:
     """The user's adapter of a task, or a note that there is none."""
     with whole_directory(brought(name)) as scratch:
         if imported:
@@ -59,18 +61,28 @@ def bring(imported: Imported | None, name: str) -> None:
             write_json(scratch / "none.json", {"reason": f"teacher.adapters names none for {name}"})
 
 
-def copy_adapter(where: str, imported: Imported, target: Path) -> None:
-    """The user's adapter, weights and configuration alone: what `teacher` takes follows from its content."""
-    folder = own_path(imported.path, where)
+def copy_adapter(where: str, imported: Imported | ImportedHub, target: Path) -> None:
+    """The user's adapter, weights, configuration and tokenizer alone: what `teacher` takes follows from its content."""
+    folder = folder_of(where, imported)
     if not folder.is_dir():
-        raise CaloraError(where, "a folder that PEFT wrote", f"a file, {folder}", "name its folder")
-    read_json(folder / "adapter_config.json", "name a folder that PEFT wrote")
-    check_tensors(folder / "adapter_model.safetensors", "name a folder that PEFT wrote")
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        shutil.copyfile(folder / name, target / name)
+        raise CaloraError(where, "a folder that PEFT or mlx-lm wrote", f"a file, {folder}", "name its folder")
+    files = adapter_files(folder)
+    read_json(files[0], "name a folder that PEFT or mlx-lm wrote")
+    for file in (*files, *(folder / name for name in TOKENIZER)):
+        if file.exists():
+            shutil.copyfile(file, target / file.name)
     found = fingerprint(target)
     if imported.sha256 not in (None, found):
         raise CaloraError(folder, f"weights with fingerprint {imported.sha256}", found, f"put that into {where}")
+
+
+def folder_of(where: str, imported: Imported | ImportedHub) -> Path:
+    """The adapter's folder: the user's, or that of the hub's cache."""
+    if isinstance(imported, Imported):
+        return own_path(imported.path, where)
+    inside = f"{imported.folder}/" if imported.folder else ""
+    wanted = [inside + name for name in (CONFIG, LORA, MLX, *TOKENIZER)]
+    return snapshot(imported.repo, imported.revision, wanted) / (imported.folder or "")
 
 
 def strip(row: dict[str, Any]) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """Make the adapter that a method starts from: whose LoRA, which bypass, scales or none.
 
-Reads models/methods/<method>/start.json, models/base, models/teacher/<task>, models/compressed/<recipe>, data/<task>;
+Reads models/methods/<method> (start.json, texts.json), models/written/<task>/<method>, models/base, models/teacher/<task>, models/compressed/<recipe>, data/<task>;
 writes models/inherited/<task>/<recipe>/<method>.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,19 +22,20 @@ from calora.inheritance.inherit import Bypass, Inheritance, inherit
 from calora.inheritance.ranks import share_ranks
 from calora.models.anatomy import linear_layers
 from calora.models.loading import load_model
-from calora.models.tasks import encode_all, positions
+from calora.models.tasks import Row, encode_all, positions
 from calora.saving import REPORT
 from stages.common import BASE, METHODS, compressed, inherited, run, teacher
 from stages.config import Bypass as Bypassed
 from stages.config import Params, Start
-from stages.splits import read_split, read_task
+from stages.splits import read_split, read_task, read_written, texts_of
 
 
 def main(params: Params, name: str, recipe: str, method: str) -> None:
     """The start of one method for one task on one compressed base."""
     start = read_start(method)
     task, model = read_task(name), load(compressed(recipe))
-    made, report = start_of(start, model, name, params.seed)
+    rows = read_written(name, method) if texts_of(method) == "written" else read_split(name, "train")
+    made, report = start_of(start, model, name, params.seed, rows)
     made.meta = {
         "task": task.to_json(), "method": method, "origin": str(teacher(name)), "base_fingerprint": fingerprint(BASE),
         "compressed_fingerprint": model.calora_fingerprint, "recipe": recipe,
@@ -54,30 +55,36 @@ def read_start(method: str) -> Start:
     return Start.model_validate(read_json(METHODS / method / "start.json", "run `dvc repro methods`"))
 
 
-def start_of(start: Start, model: Compressed, name: str, seed: int, shape: bool = False) -> tuple[Adapter, Inheritance]:
-    """The adapter of a start, and what became of the teacher's layers; for its `shape` alone, values that take no data."""
+def start_of(
+    start: Start, model: Compressed, name: str, seed: int, rows: Sequence[Row], shape: bool = False
+) -> tuple[Adapter, Inheritance]:
+    """The adapter of a start, and what became of the teacher's layers; for its `shape` alone, values that take no data.
+
+    Args:
+        rows: texts of the task, of which the first are looked at.
+    """
     if isinstance(start.budget, Start):
-        like, report = start_of(start.budget, model, name, seed, shape=True)
+        like, report = start_of(start.budget, model, name, seed, rows, shape=True)
         return fresh_adapter(model, equal_budget(like, linear_layers(model)), {}, seed), report
     lora = start.lora
     if isinstance(lora, str):
-        return carried(start, lora, model, name, seed, shape)
+        return carried(start, lora, model, name, seed, rows, shape)
     check_targets(model, lora.targets, lora.rank)
     made = fresh_adapter(model, lora_config(lora.rank, lora.lora_alpha, lora.targets), {}, seed)
-    bare, report = carried(start, "none", model, name, seed, shape)
+    bare, report = carried(start, "none", model, name, seed, rows, shape)
     return replace(bare, config=made.config, lora=made.lora), report
 
 
 def carried(
-    start: Start, lora: str, model: Compressed, name: str, seed: int, shape: bool
+    start: Start, lora: str, model: Compressed, name: str, seed: int, rows: Sequence[Row], shape: bool
 ) -> tuple[Adapter, Inheritance]:
     """The teacher's LoRA (or a fresh one of its shape, or none) with the bypass and the scales of a start."""
     own, theirs = start.bypass, read_plain_lora(teacher(name))
     data: dict[str, Any] = {"reference": None, "calibration": [], "origin": model.calora_origin}
     fitted = (own is not None and own.start != "zero") or (lora == "inherited" and model.calora_origin.kept)
     if (fitted and not shape) or (own is not None and own.budget is not None):
-        rows = read_split(name, "train")[: start.calibration_texts]
-        data["calibration"] = encode_all(read_task(name), model.calora_tokenizer, rows, positions(model.config))
+        first = rows[: start.calibration_texts]
+        data["calibration"] = encode_all(read_task(name), model.calora_tokenizer, first, positions(model.config))
         data["reference"] = load_model(BASE)
     bypass = None
     if own is not None:

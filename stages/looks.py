@@ -29,6 +29,8 @@ LOOKS = {
     "clm_paper": Look("CLM + CA-LoRA (the paper's form)", "#F0E442", "X"),
     "clm_calora": Look("CLM + CA-LoRA", "#0072B2", "*"),
     "clm_calora_unlabelled": Look("CLM + CA-LoRA, no label", "#56B4E9", "*"),
+    "clm_calora_written": Look("CLM + CA-LoRA, texts of the teacher's own", "#009E73", "*"),
+    "clm_calora_written_free": Look("CLM + CA-LoRA, no step, no text", "#009E73", "D"),
     "clm_calora_free": Look("CLM + CA-LoRA, no step", "#0072B2", "D"),
     "clm_calora_scales": Look("CLM + scales (PEQA)", "#CC79A7", "s"),
     "clm_no_recover": Look("CLM + inherited LoRA, distilled", "#D55E00", "X"),

@@ -1,6 +1,6 @@
-"""Write each method of params.yaml in full. Writes models/methods/<method>: start.json and loss.json.
+"""Write each method of params.yaml in full. Writes models/methods/<method>: start.json, loss.json and texts.json.
 
-Two files, so that another weight of a loss makes no start again; and a stage of its own, so that what a method takes
+Apart, so that another weight of a loss makes no start again; and a stage of its own, so that what a method takes
 from another (`like`, `budget`) is seen by DVC: it compares what is written here.
 """
 
@@ -24,6 +24,7 @@ def main(params: Params) -> None:
             write_json(scratch / name / "start.json", entry["start"])
             loss = LABELS if entry["loss"] == "labels" else entry["loss"]
             write_json(scratch / name / "loss.json", {"steps": loss is not None, **(loss or {})})
+            write_json(scratch / name / "texts.json", {"texts": entry["texts"]})
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 
 from calora.adapters.folder import read_plain_lora
 from calora.adapters.lora import attach_adapter, set_active
+from calora.adapters.teachers import WHOLE, attach_teacher
 from calora.common.files import read_json, write_json
 from calora.models.loading import load_model, load_tokenizer, training_attention
 from stages.common import BASE, DOWNLOADED, SMALL, results, run, small_lora, teacher
@@ -27,10 +28,10 @@ def main(params: Params, name: str) -> None:
     methods = {"llm": score_test(model, task, tokenizer, params, "llm", BASE, None, 0)}
     downloaded = read_json(BASE / DOWNLOADED, "run `dvc repro base`")["bytes"]
     methods["llm"] = replace(methods["llm"], downloaded_bytes=downloaded)
-    lora = read_plain_lora(teacher(name))
-    attach_adapter(model, lora, name)
-    set_active(model, name)
-    methods["llm_lora"] = score_test(model, task, tokenizer, params, "llm_lora", BASE, teacher(name), lora.parameters)
+    folder = teacher(name)
+    size = attach_teacher(model, folder, name)
+    stored = folder / WHOLE if (folder / WHOLE).exists() else folder
+    methods["llm_lora"] = score_test(model, task, tokenizer, params, "llm_lora", BASE, stored, size)
     if task.fixed:
         folder = small_lora(name)
         small: Any = load_model(SMALL, torch.float32, labels=len(task.answers))

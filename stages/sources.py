@@ -6,7 +6,7 @@ import io
 import os
 import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
@@ -130,3 +130,14 @@ def unpacked(file: Path, content: bytes) -> Iterator[Path]:
         else:
             archive.extractall(scratch)
         yield Path(scratch)
+
+
+def snapshot(repo: str, revision: str, wanted: Sequence[str]) -> Path:
+    """A repository's files of these patterns at one commit, in the hub client's cache (HF_HOME)."""
+    from huggingface_hub import snapshot_download  # takes a second to import
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(wanted)))
+    except Exception as error:  # the hub's client raises many kinds for "not reached" and "not there"
+        where = f"hub repository {repo} at {revision}"
+        raise CaloraError(where, "an answer", first_line(error), "check repo, revision, network and login") from None

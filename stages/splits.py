@@ -7,7 +7,9 @@ from typing import Any
 
 from calora.common.files import read_json
 from calora.models.tasks import Example, Task, read_rows
-from stages.common import CALIBRATION, data
+from stages.common import CALIBRATION, METHODS, data, written
+
+WRITTEN, TARGETS = "texts.jsonl", "targets"  # in models/written/<task>/<method>
 
 
 def read_task(name: str) -> Task:
@@ -21,6 +23,16 @@ def read_split(name: str, split: str) -> list[dict[str, Any]]:
     if split == "unlabelled" and path.exists() and path.stat().st_size == 0:
         return []
     return read_rows(path, f"run `dvc repro download@{name}`")
+
+
+def texts_of(method: str) -> str:
+    """Which texts a method knows: those of the task, or `written` ones."""
+    return str(read_json(METHODS / method / "texts.json", "run `dvc repro methods`")["texts"])
+
+
+def read_written(name: str, method: str) -> list[dict[str, Any]]:
+    """The rows that the teacher wrote for a method, without labels."""
+    return read_rows(written(name, method) / WRITTEN, f"run `dvc repro write@{name}-{method}`")
 
 
 def read_calibration(tokenizer: Any, path: Path = CALIBRATION) -> list[Example]:

@@ -1,6 +1,7 @@
 """Train (or import) the LoRA on the uncompressed LLM and store its outputs for every training text.
 
-Reads models/base, models/brought/<task>, data/<task>; writes models/teacher/<task> (a plain PEFT LoRA) and models/targets/<task>.
+Reads models/base, models/brought/<task>, data/<task>; writes models/teacher/<task> (a plain PEFT LoRA; of another adapter
+the LoRA that stands in for it, and all of it in whole/) and models/targets/<task>.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from typing import Any
 import torch
 
 from calora.adapters.cards import plain_card
-from calora.adapters.folder import CONFIG, read_plain_lora, write_adapter
-from calora.adapters.foreign import import_lora
-from calora.adapters.lora import attach_adapter, check_targets, lora_config, set_active
+from calora.adapters.folder import write_adapter
+from calora.adapters.lora import Adapter, attach_adapter, check_targets, inject, lora_config, lora_state, set_active
+from calora.adapters.places import CONFIG
+from calora.adapters.standin import stand_in
+from calora.adapters.teachers import WHOLE, Whole, attach_teacher, attach_whole, import_adapter, write_whole
 from calora.common.files import replace_directory, write_json
 from calora.common.parallel import only_first_goes_on, place
 from calora.common.versions import FILE, versions
@@ -25,7 +28,9 @@ from calora.models.tasks import Task, encode_all, positions
 from stages.common import BASE, CHECKPOINTS, brought, run, targets, teacher
 from stages.config import Params
 from stages.splits import read_split, read_task
-from stages.training import run_key, train_lora
+from stages.training import run_key, scorer, train_lora
+
+IMPORTED = "imported.json"  # beside an imported teacher: its scores, and what of it no LoRA carries
 
 
 def main(params: Params, name: str) -> None:
@@ -34,7 +39,7 @@ def main(params: Params, name: str) -> None:
     model = load_model(BASE, attention=training_attention())
     saved = None
     if (theirs / CONFIG).exists():
-        take_imported(task, theirs, model)
+        take_imported(params, task, theirs, model)
     else:
         saved = train_teacher(params, task, model)
     store_targets(params, task)
@@ -49,12 +54,80 @@ def train_teacher(params: Params, task: Task, model: Any) -> Checkpoint:
     return train_lora(params, task, model, load_tokenizer(BASE), config, teacher(task.name), BASE)
 
 
-def take_imported(task: Task, theirs: Path, model: Any) -> None:
-    """The user's own adapter, checked against the base and converted where it can be."""
+def take_imported(params: Params, task: Task, theirs: Path, model: Any) -> None:
+    """The user's own adapter, checked against the base, scored on it, and carried over where a LoRA can."""
     only_first_goes_on()
-    adapter = import_lora(theirs, model)
-    card, notes = plain_card(task, str(BASE)), {FILE: versions()}
-    write_adapter(teacher(task.name), adapter, str(BASE), card, torch.bfloat16, notes)
+    tokenizer = load_tokenizer(BASE)
+    rows = read_split(task.name, "train")
+    adapter = import_adapter(theirs, model, tokenizer, [task.render(row) for row in rows])
+    place(model)
+    scores = {"base": scorer(model, task, tokenizer, params)()}
+    about: dict[str, Any] = {"beyond": [], "validation_accuracy": scores}
+    if isinstance(adapter, Whole):
+        attach_whole(model, adapter, theirs)
+        about["beyond"] = adapter.beyond
+        lora = _lora_of(params, task, adapter, model, about)
+        if about["lora"] != "fresh":
+            alone = with_lora(load_model(BASE, attention=training_attention()), lora, task.name)
+            scores["lora"] = scorer(alone, task, tokenizer, params)()
+    else:
+        lora = adapter
+        with_lora(model, lora, task.name)
+    scores["adapter"] = scorer(model, task, tokenizer, params)()
+    card, notes = plain_card(task, str(BASE)), {FILE: versions(), IMPORTED: about}
+    write_adapter(teacher(task.name), lora, str(BASE), card, torch.bfloat16, notes)
+    if isinstance(adapter, Whole):
+        write_whole(teacher(task.name) / WHOLE, adapter)
+    print(told(task.name, about))
+
+
+def with_lora(model: Any, lora: Adapter, name: str) -> Any:
+    """The model with a LoRA on it, in use."""
+    attach_adapter(model, lora, name)
+    set_active(model, name)
+    place(model)
+    return model
+
+
+def _lora_of(params: Params, task: Task, whole: Whole, model: Any, about: dict[str, Any]) -> Adapter:
+    """The LoRA that the student starts from: the adapter's own, else one fitted to it, else a fresh one.
+
+    Args:
+        model: the base with the adapter on it.
+        about: takes what became of it.
+    """
+    lora = whole.lora
+    if lora is None:
+        rows = read_split(task.name, "train")[: params.teacher.fit.texts]
+        examples = encode_all(task, load_tokenizer(BASE), rows, positions(model.config))
+        lora, errors = stand_in(model, examples, params.teacher.fit.rank)
+        about |= {"lora": "fitted", "errors": errors}
+    else:
+        about["lora"] = "its own"
+    if lora.config is None:
+        base = load_model(BASE)
+        check_targets(base, params.teacher.targets, params.teacher.rank)
+        config = lora_config(params.teacher.rank, params.teacher.lora_alpha, params.teacher.targets)
+        torch.manual_seed(params.seed)
+        inject(base, config)
+        lora, about["lora"] = Adapter(config, lora_state(base)), "fresh"
+    return lora
+
+
+def told(name: str, about: dict[str, Any]) -> str:
+    """One line on an imported adapter: what it gives on the base, and what of it no LoRA carries."""
+    scores = about["validation_accuracy"]
+    line = f"{name}: the adapter has {scores['adapter']:.3f} on validation, the base alone {scores['base']:.3f}"
+    if scores["adapter"] <= scores["base"]:
+        line += "; it gains nothing there: is it of this base, and is the prompt that of its training?"
+    if not about["beyond"]:
+        return line
+    line += f"; distilled from, because it has more than a plain LoRA: {', '.join(about['beyond'])}"
+    errors = about.get("errors") or {}
+    kinds = {"its own": "its LoRA", "fresh": "a fresh LoRA", "fitted": "a LoRA that is fitted to it"}
+    line += f". The student starts from {kinds[about['lora']]}"
+    line += f", alone {scores['lora']:.3f}" if "lora" in scores else ""
+    return line + (f" (left out: {sum(errors.values()) / len(errors):.2f} of a layer's change)" if errors else "")
 
 
 def store_targets(params: Params, task: Task) -> None:
@@ -63,8 +136,7 @@ def store_targets(params: Params, task: Task) -> None:
     They are gathered where DVC removes nothing, so that an interrupted run goes on from its last shard.
     """
     model, tokenizer = load_model(BASE, attention=training_attention()), load_tokenizer(BASE)
-    attach_adapter(model, read_plain_lora(teacher(task.name)), task.name)
-    set_active(model, task.name)
+    attach_teacher(model, teacher(task.name), task.name)
     place(model)
     key = run_key(params, task.name, [BASE, teacher(task.name)], (params.teacher.top_k, str(model.dtype)))
     unfinished = CHECKPOINTS / targets(task.name) / key

@@ -14,7 +14,7 @@ from peft import LoraConfig
 import calora
 from calora.adapters.cards import plain_card
 from calora.adapters.folder import write_adapter
-from calora.common.files import sha256
+from calora.common.files import digest
 from calora.common.parallel import only_first_goes_on
 from calora.common.versions import FILE, versions
 from calora.distillation.distill import finetune
@@ -54,16 +54,6 @@ def run_key(params: Params, task: str, inputs: Sequence[Path], settings: object)
     files = [versions(), digest(*CODE, suffixes=(".py",)), digest(data(task)), digest(*inputs)]
     values = [params.seed, params.train.model_dump_json(), json.dumps(settings, sort_keys=True, default=sorted)]
     return hashlib.sha256(repr((files, values)).encode()).hexdigest()
-
-
-def digest(*folders: Path, suffixes: tuple[str, ...] = ()) -> str:
-    """SHA-256 over the names and bytes of all files below some folders."""
-    whole = hashlib.sha256()
-    for folder in folders:
-        for file in sorted(folder.rglob("*")):
-            if file.is_file() and (not suffixes or file.suffix in suffixes):
-                whole.update(f"{file.relative_to(folder)}\0{sha256(file)}\n".encode())
-    return whole.hexdigest()
 
 
 def train_lora(

@@ -145,6 +145,7 @@ def make_project(folder: Path, kind: str = "llama", answers: bool = True) -> Pat
         }
     }  # fmt: skip
     params["compress"]["calibration"] |= {"texts": 8, "tuning": 8}
+    params["teacher"]["written"] |= {"texts": 10, "tokens": 6}
     params["teacher"] |= {"rank": 4, "lora_alpha": 2, "top_k": 5, "targets": ["q_proj", "k_proj"]}
     params["train"] |= {"steps": 6, "warmup": 1, "eval_every": 3, "batch_size": 4, "checkpoint_seconds": 0.001}
     ours = params["methods"]["calora"]["start"]

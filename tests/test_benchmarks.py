@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import recipes, references, walks
+from benchmarks import recipes, references, supervision, walks
 from calora.compression.walk import Calibration
 from calora.models.loading import load_model
-from tests.conftest import make_model
+from stages.config import load_params
+from tests.conftest import ROOT, make_model
 from tests.test_compression import EXPERTS, INT8, PRUNE
 
 
@@ -72,5 +73,20 @@ def test_results_of_several_seeds_and_tasks_come_together():
     assert low == ["80 to 90", "CA-LoRA on q3: 0.828 (85.0 MB)", ""]
     assert high == ["160 to 170", "", "CA-LoRA on q3: 0.828 (160.0 MB)"]
     assert len(recipes.tasks_table(found).rows) == 3
+    teacher, labels = supervision.supervision_table(found).rows
+    assert teacher[:2] == ["uncompressed", "the teacher, on the uncompressed base"] and teacher[-2:] == ["", "0, 1, 2"]
+    assert labels[:2] == ["q3", "labels, unlabelled texts"] and labels[6] == "0.828" and labels[-3] == ""
+    assert labels[-2].startswith("-0.070 [")
     alone = recipes.Results({"runs": {"0": {"movies": runs["0"]["movies"]}}, "sizes": {}})
     assert alone.tasks == ["movies"] and alone.mean(("q3", "clm_calora")).value == pytest.approx(0.8)
+
+
+def test_every_line_of_the_table_of_supervision_is_a_method():
+    methods = load_params(ROOT / "params.yaml").methods
+    assert set(supervision.ROWS) <= methods.keys()
+    page = (ROOT / supervision.PAGE).read_text(encoding="utf-8")
+    marks = [recipes.MARKS.format(f"{end}: {supervision.NAME}", "benchmarks.supervision") for end in ("start", "end")]
+    assert all(page.count(mark) == 1 for mark in marks)
+    assert recipes.between("a " + "x".join(marks) + " b", supervision.NAME, "t", "benchmarks.supervision").split() == (
+        f"a {marks[0]} t {marks[1]} b".split()
+    )

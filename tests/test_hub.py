@@ -11,9 +11,11 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 import pytest
+import torch
 import yaml
 
-from calora.common.files import fingerprint
+from calora.common.files import fingerprint, write_json
+from calora.common.tensors import write_tensors
 from calora.errors import CaloraError
 from stages.config import load_params
 from tests.conftest import ROOT, change, make_model, make_project, toy_rows
@@ -233,6 +235,28 @@ def place_of(labels, name, number):
     """Where `answers` has a label that the hub calls so; of plain numbers their own place."""
     spelled = [[str(one) for one in label] if isinstance(label, list) else [str(label)] for label in labels]
     return next(place for wanted in (name, str(number)) for place, names in enumerate(spelled) if wanted in names)
+
+
+def test_an_adapter_of_the_hub(hub, tmp_path):
+    root, address = hub
+    repo = root / "models/us/lora/second"
+    repo.mkdir(parents=True)
+    write_json(repo / "adapter_config.json", {"peft_type": "LORA", "r": 2})
+    write_tensors(repo / "adapter_model.safetensors", {"a": torch.ones(2, 2)})
+    (repo / "optimizer.pt").write_bytes(b"\x80\x04")
+    folder = make_project(tmp_path / "p")
+    source = {"repo": "us/lora", "revision": COMMIT, "folder": "second"}
+    change(folder, "teacher.adapters", {"toy": source})
+    result = stage(folder, address, "stages.download", "toy")
+    assert result.returncode == 0, result.stderr
+    assert fingerprint(folder / "models/brought/toy") == fingerprint(repo)
+    assert not list((folder / "hf").rglob("*.pt"))
+    change(folder, "teacher.adapters", {"toy": {"repo": "us/lora", "revision": COMMIT}})
+    result = stage(folder, address, "stages.download", "toy")
+    assert result.returncode == 1 and "the configuration of an adapter" in result.stderr, result.stderr
+    change(folder, "teacher.adapters", {"toy": {**source, "revision": "main"}})
+    result = stage(folder, address, "stages.download", "toy")
+    assert result.returncode == 1 and "params.yaml: teacher.adapters.toy.revision" in result.stderr
 
 
 def test_a_network_that_gives_no_answer_is_told_from_a_mistake(tmp_path):

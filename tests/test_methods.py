@@ -22,6 +22,7 @@ from stages.config import load_params
 from stages.inherit import read_start, start_of
 from stages.looks import LOOKS, key_of, look_of
 from stages.resolve import merged, resolve
+from stages.splits import read_split
 from tests.conftest import ROOT, change, make_project
 from tests.test_stages import run_all
 
@@ -91,7 +92,8 @@ def test_the_shape_of_a_budget_takes_no_more_than_the_spectra(project, monkeypat
     for name in ("moments_of", "_warm_start"):
         monkeypatch.setattr(inheriting, name, lambda *a: pytest.fail("made in full"))
     monkeypatch.chdir(project)
-    made, _ = start_of(read_start("fresh_of_bytes"), load(compressed("q8_up")), "toy", 0)
+    rows = read_split("toy", "train")
+    made, _ = start_of(read_start("fresh_of_bytes"), load(compressed("q8_up")), "toy", 0, rows)
     assert seen == ["spectra"] and made.parameters == adapter(project, "in_bytes").parameters
 
 
@@ -144,7 +146,12 @@ def test_what_like_and_budget_name_is_filled_in():
     assert paper["start"]["bypass"] == {**methods["wide"]["start"]["bypass"], "start": "zero"}
     assert paper["loss"] == {**whole["loss"], "kl": 0.0, "unlabelled_every": 0}
     assert methods["clm_lora"]["start"]["budget"] == whole["start"]
-    assert methods["clm"] == {"start": {**whole["start"], "lora": "none", "bypass": None}, "loss": None}
+    assert methods["clm"] == {
+        "start": {**whole["start"], "lora": "none", "bypass": None},
+        "loss": None,
+        "texts": "task",
+    }
+    assert methods["calora_written"] == {**methods["calora_unlabelled"], "texts": "written"}
 
 
 def test_every_method_has_a_look_and_a_name_in_results():

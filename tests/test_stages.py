@@ -45,8 +45,9 @@ def calibration_texts(folder: Path) -> None:
 def run_all(folder: Path) -> None:
     os.chdir(folder)
     params = load_params()
+    texts = (("write", "toy", method) for method in params.compare)
     of_methods = ((stage, "toy", "q8_up", method) for method in params.compare for stage in OF_METHODS)
-    for name, *arguments in (*FIRST, *of_methods, *LAST):
+    for name, *arguments in (*FIRST, *texts, *of_methods, *LAST):
         if name == "calibration":  # the embedded corpora come from the network
             calibration_texts(folder)
         else:

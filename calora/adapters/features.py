@@ -17,7 +17,7 @@ CONVERT = (
     "convert it with PEFT: model.save_pretrained(folder, path_initial_model_for_weight_conversion=<folder of the "
     "adapter before its training>)"
 )
-DISTIL = "make a plain LoRA of it with PEFT: peft.save_as_lora(folder, model, rank)"
+DISTIL = "make a plain LoRA of it with PEFT (peft.save_as_lora(folder, model, rank)); as a teacher it is taken as it is"
 MERGE = "merge it into the base with PEFT (model.merge_and_unload().save_pretrained(folder)), and name that base"
 PLAIN = "train a LoRA without it"
 FEATURES = {  # key of adapter_config.json -> (name of the feature, the way to a plain LoRA)

@@ -15,6 +15,7 @@ from peft import LoraConfig
 from calora.adapters.codes import FIX, FORMATS, decode_recovery, encode_recovery
 from calora.adapters.features import plain_lora
 from calora.adapters.lora import PREFIX, Adapter
+from calora.adapters.places import CONFIG, LORA
 from calora.adapters.prompts import task_of
 from calora.common.files import check_tensors, read_json, sha256, whole_directory, write_json, write_text
 from calora.common.tensors import read_tensors, write_tensors
@@ -22,13 +23,7 @@ from calora.common.versions import versions
 from calora.errors import CaloraError
 from calora.recovery.bypass import ACTIVATIONS
 
-CONFIG, LORA, RECOVERY, SCALES, META = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "recovery.safetensors",
-    "scales.safetensors",
-    "calora.json",
-)
+RECOVERY, SCALES, META = "recovery.safetensors", "scales.safetensors", "calora.json"
 # Entries of calora.json that describe the folder itself.
 ABOUT = ("lora", "recovery", "recovery_format", "scales", "versions", "sha256")
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from calora.adapters.codes import FIX
 from calora.adapters.features import FEATURES, MERGE, PLAIN, PLAIN_STARTS, plain_lora, refused
-from calora.adapters.folder import CONFIG, LORA
+from calora.adapters.layouts import read_folder
 from calora.adapters.lora import (
     OWN_BASE,
     PREFIX,
@@ -27,8 +27,7 @@ from calora.adapters.lora import (
     plain_config,
     targeted,
 )
-from calora.common.files import read_json
-from calora.common.tensors import read_tensors
+from calora.adapters.places import adapter_files
 from calora.errors import CaloraError
 from calora.models.anatomy import linear_layers
 
@@ -46,7 +45,7 @@ LOAD = "put it on that base with load_adapter; a new base is given the LoRA that
 
 
 def import_lora(directory: Path, model: PreTrainedModel) -> Adapter:
-    """Read a PEFT folder for the base `model`; every layer is then named, with its rank and its scale, explicitly.
+    """Read PEFT's or mlx-lm's folder for the base `model`; each layer is then named, with its rank and its scale, explicitly.
 
     What is for training only (dropout, the start of A and B) is left out. What PiSSA and OLoRA take from the base at
     their start is added to the LoRA, exactly, at twice the rank. The names of the tensors may lack PEFT's prefix, or
@@ -58,9 +57,14 @@ def import_lora(directory: Path, model: PreTrainedModel) -> Adapter:
     Raises:
         CaloraError: a file is missing or broken, the adapter is more than a plain LoRA, or it is of another base.
     """
-    path, weights = directory / CONFIG, directory / LORA
-    raw, tensors = read_json(path, FIX), read_tensors(weights, FIX)
-    _check_vocabulary(weights, tensors, model)
+    raw, tensors = read_folder(directory)
+    check_vocabulary(adapter_files(directory)[1], tensors, model)
+    return plain_of(directory, raw, tensors, model)
+
+
+def plain_of(directory: Path, raw: Mapping[str, Any], tensors: Mapping[str, Tensor], model: PreTrainedModel) -> Adapter:
+    """`import_lora` of entries and tensors that were read from `directory`."""
+    path, weights = adapter_files(directory)
     config = plain_lora(path, raw, (*PLAIN_STARTS, *REPEATABLE))
     if "calora" in raw:
         raise refused(path, "an adapter of CA-LoRA with parts for its own base", str(raw["calora"]), LOAD)
@@ -68,7 +72,7 @@ def import_lora(directory: Path, model: PreTrainedModel) -> Adapter:
         raise refused(path, FEATURES["modules_to_save"][0], f"modules_to_save: {config.modules_to_save}", MERGE)
     layers, wanted = linear_layers(model), _targeted(path, model, config)
     adapter = Adapter(config, _by_layer(weights, tensors, model))
-    _check_values(weights, adapter.lora)
+    check_values(weights, adapter.lora)
     check_lora(weights, adapter, layers)
     have = set(adapter.lora_layers)
     for expected, found in ((wanted, have), (have, wanted)):
@@ -111,7 +115,7 @@ def _targeted(path: Path, model: PreTrainedModel, config: LoraConfig) -> set[str
     except (ValueError, TypeError, re.error) as error:
         wrong = " ".join(str(error).split())
         raise CaloraError(path, "target_modules that PEFT can read", wrong, "name a folder that PEFT wrote") from None
-    layers, tables = linear_layers(model), _tables(model)
+    layers, tables = linear_layers(model), tables_of(model)
     for name in sorted(found - layers.keys()):
         if name in tables:
             raise refused(path, f"LoRA on {tables[name]}", f"target_modules: {name}", MERGE)
@@ -122,7 +126,7 @@ def _targeted(path: Path, model: PreTrainedModel, config: LoraConfig) -> set[str
     return found
 
 
-def _tables(model: PreTrainedModel) -> dict[str, str]:
+def tables_of(model: PreTrainedModel) -> dict[str, str]:
     """Name -> what it is, of the modules that hold a row for each token."""
     head = model.get_output_embeddings()
     tables = {name: "embeddings" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
@@ -131,16 +135,17 @@ def _tables(model: PreTrainedModel) -> dict[str, str]:
 
 def _by_layer(path: Path, tensors: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
     """`<layer>.lora_A.weight` and `<layer>.lora_B.weight` by the base's own names."""
-    layers, tables = linear_layers(model), _tables(model)
+    layers, tables = linear_layers(model), tables_of(model)
     found: dict[str, Tensor] = {}
     adapters: set[str | None] = set()
     for key, tensor in sorted(tensors.items()):
         match = FACTOR.fullmatch(key)
         if match is None:
-            _refuse_tensor(path, key, tensor, model)
+            if feature := beyond_factors(path, key, tensor, model):
+                raise refused(path, feature[0], key, feature[1])
             continue
         adapters.add(match["adapter"])
-        layer = _module(path, match["path"], [*layers, *tables])
+        layer = module_of(path, match["path"], [*layers, *tables])
         if layer in tables:
             raise refused(path, f"LoRA on {tables[layer]}", key, MERGE)
         name = f"{layer}.{match['factor']}.weight"
@@ -152,7 +157,7 @@ def _by_layer(path: Path, tensors: Mapping[str, Tensor], model: PreTrainedModel)
     return found
 
 
-def _module(path: Path, name: str, modules: Iterable[str]) -> str:
+def module_of(path: Path, name: str, modules: Iterable[str]) -> str:
     """The module of the base that a name means, whatever stands in front of the base's own name or is left out."""
     bare = ".".join(part for part in name.removeprefix(PREFIX).split(".") if part not in WRAPPERS)
     known = list(modules)
@@ -165,47 +170,57 @@ def _module(path: Path, name: str, modules: Iterable[str]) -> str:
     return fits[0]
 
 
-def _refuse_tensor(path: Path, key: str, tensor: Tensor, model: PreTrainedModel) -> None:
-    """Raise `CaloraError` for a tensor that is no factor of a LoRA, unless it only repeats the base's embeddings."""
+def beyond_factors(path: Path, key: str, tensor: Tensor, model: PreTrainedModel) -> tuple[str, str] | None:
+    """Of a tensor that is no factor of a LoRA: the feature that it is of, and the way to a plain LoRA.
+
+    None if it only repeats weights of the base.
+
+    Raises:
+        CaloraError: it is of no module of the base.
+    """
     for part, feature in PARTS.items():
         if part in key:
-            raise refused(path, FEATURES[feature][0], key, FEATURES[feature][1])
+            return FEATURES[feature]
     if ".lora_embedding_" in key:
-        raise refused(path, "LoRA on embeddings", key, MERGE)
+        return "LoRA on embeddings", MERGE
     if key.endswith(".bias"):
-        raise refused(path, "biases of the base, trained (bias)", key, MERGE)
+        return "biases of the base, trained (bias)", MERGE
     owner = key.removesuffix(".weight").removesuffix(".base_layer")
     try:
-        table = model.get_submodule(_module(path, owner, [name for name, _ in model.named_modules() if name]))
+        table = model.get_submodule(module_of(path, owner, [name for name, _ in model.named_modules() if name]))
     except CaloraError:
         raise CaloraError(path, "LoRA factors of the base's layers alone", key, OWN_BASE) from None
     own: Any = getattr(table, "weight", None)
     same = isinstance(table, nn.Embedding | nn.Linear) and own is not None and tensor.shape == own.shape
-    if not same or not torch.equal(tensor.to(own.dtype), own.detach().cpu()):
-        raise refused(path, FEATURES["modules_to_save"][0], key, MERGE)
+    if same and torch.equal(tensor.to(own.dtype), own.detach().cpu()):
+        return None
+    return FEATURES["modules_to_save"]
 
 
-def _check_vocabulary(path: Path, tensors: Mapping[str, Tensor], model: PreTrainedModel) -> None:
+def check_vocabulary(path: Path, tensors: Mapping[str, Tensor], model: PreTrainedModel) -> None:
     """Raise `CaloraError` if a tensor has rows for another number of tokens than the base."""
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    named = model.named_modules(remove_duplicate=False)
-    tables: dict[str, Any] = {name.rpartition(".")[2]: module for name, module in named if module in ends}
-    for key, tensor in sorted(tensors.items()):
-        parts = key.split(".")
-        owner = next((part for part in parts if part in tables), None)
-        if (
-            owner is None
-            or tensor.ndim != 2
-            or any(part in key for part in (".lora_A", ".lora_embedding_B", ".trainable_tokens", ".token_adapter"))
-        ):
-            continue
-        own, tokens = len(tables[owner].weight), tensor.shape[1 if ".lora_embedding_A" in key else 0]
+    for key, axis, own in token_axes(tensors, model):
+        tokens = tensors[key].shape[axis]
         if tokens != own:
             fix = "name the base with those tokens: model.resize_token_embeddings(n), then save_pretrained(folder)"
             raise CaloraError(f"{path}, {key}", f"{own} tokens, the base's", f"{tokens} tokens", fix)
 
 
-def _check_values(path: Path, lora: Mapping[str, Tensor]) -> None:
+def token_axes(tensors: Mapping[str, Tensor], model: PreTrainedModel) -> list[tuple[str, int, int]]:
+    """(name, axis, tokens of the base) of the tensors that have an entry for each token."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    named = model.named_modules(remove_duplicate=False)
+    tables: dict[str, Any] = {name.rpartition(".")[2]: module for name, module in named if module in ends}
+    others = (".lora_A", ".lora_embedding_B", ".trainable_tokens", ".token_adapter")
+    found = []
+    for key, tensor in sorted(tensors.items()):
+        owner = next((part for part in key.split(".") if part in tables), None)
+        if owner is not None and tensor.ndim == 2 and not any(part in key for part in others):
+            found.append((key, 1 if ".lora_embedding_A" in key else 0, len(tables[owner].weight)))
+    return found
+
+
+def check_values(path: Path, lora: Mapping[str, Tensor]) -> None:
     """Raise `CaloraError` unless there are tensors, all of finite floating point numbers."""
     if not lora:
         raise CaloraError(path, "lora_A and lora_B of at least one layer", "none", PLAIN)

@@ -125,6 +125,16 @@ def fingerprint(directory: Path) -> str:
     return whole.hexdigest()
 
 
+def digest(*folders: Path, suffixes: tuple[str, ...] = ()) -> str:
+    """SHA-256 over the names and bytes of all files below some folders."""
+    whole = hashlib.sha256()
+    for folder in folders:
+        for file in sorted(folder.rglob("*")):
+            if file.is_file() and (not suffixes or file.suffix in suffixes):
+                whole.update(f"{file.relative_to(folder)}\0{sha256(file)}\n".encode())
+    return whole.hexdigest()
+
+
 def bytes_on_disk(directory: Path) -> int:
     """Sum of the sizes of all files below `directory`, in bytes."""
     return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())

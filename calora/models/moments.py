@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,10 +53,14 @@ def input_square_sums(model: PreTrainedModel, examples: Sequence[Example]) -> di
 
 
 def input_second_moments(
-    model: PreTrainedModel, examples: Sequence[Example], layers: Mapping[str, nn.Linear]
+    model: PreTrainedModel, examples: Sequence[Example], layers: Mapping[str, nn.Module]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield (layer name, X^T X) with fp32 [in, in], a group of layers at a time to bound the memory."""
-    group: dict[str, nn.Linear] = {}
+    """Yield (layer name, X^T X) with fp32 [in, in], a group of layers at a time to bound the memory.
+
+    Args:
+        layers: linear layers, or PEFT's around them.
+    """
+    group: dict[str, Any] = {}
     for name, layer in layers.items():
         group[name] = layer
         if sum(4 * item.in_features**2 for item in group.values()) >= MOMENT_BYTES:
@@ -95,7 +100,7 @@ def read_together(model: PreTrainedModel) -> list[list[str]]:
 def _accumulate(
     model: PreTrainedModel,
     examples: Sequence[Example],
-    layers: Mapping[str, nn.Linear],
+    layers: Mapping[str, nn.Module],
     statistic: Callable[[Tensor], Tensor],
     title: str,
 ) -> dict[str, Tensor]:
