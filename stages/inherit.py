@@ -20,7 +20,7 @@ from calora.compressed import Compressed, load
 from calora.inheritance.fresh import equal_budget, fresh_adapter
 from calora.inheritance.inherit import Bypass, Inheritance, inherit
 from calora.inheritance.ranks import share_ranks
-from calora.models.anatomy import linear_layers
+from calora.models.anatomy import linear_layers, named
 from calora.models.loading import load_model
 from calora.models.tasks import encode_all, positions
 from calora.saving import REPORT
@@ -63,7 +63,7 @@ def start_of(start: Start, model: Compressed, name: str, seed: int, shape: bool 
     if isinstance(lora, str):
         return carried(start, lora, model, name, seed, shape)
     check_targets(model, lora.targets, lora.rank)
-    made = fresh_adapter(model, lora_config(lora.rank, lora.lora_alpha, lora.targets), {}, seed)
+    made = fresh_adapter(model, lora_config(lora.rank, lora.lora_alpha, named(model, lora.targets)), {}, seed)
     bare, report = carried(start, "none", model, name, seed, shape)
     return replace(bare, config=made.config, lora=made.lora), report
 

@@ -61,7 +61,7 @@ def write_targets(
     the same arguments left in `directory` are kept.
     """
     family = family_of(model)
-    answer_ids = torch.tensor(task.answer_token_ids(tokenizer), device=model.device) if task.scored else None
+    answer_ids = family.answer_ids(model, task, tokenizer)
     batches = length_batches([e.tokens for e in examples], batch_size)
     shard: dict[str, Tensor] = {}
     with torch.no_grad():

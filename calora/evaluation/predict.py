@@ -12,7 +12,7 @@ from calora.common.batching import length_batches
 from calora.common.parallel import portion, total
 from calora.common.progress import progress
 from calora.evaluation.metrics import exact_match
-from calora.models.families import Classifier, end_tokens, family_of
+from calora.models.families import end_tokens, family_of
 from calora.models.tasks import Example, Task
 
 
@@ -39,9 +39,7 @@ def predict(
     """
     family = family_of(model)
     answers, labels, ends = [""] * len(examples), [-1] * len(examples), end_tokens(model)
-    scored_ids = None
-    if task.scored and not isinstance(family, Classifier):
-        scored_ids = torch.tensor(task.answer_token_ids(tokenizer), device=model.device)
+    scored_ids = family.answer_ids(model, task, tokenizer)
     batches = length_batches([len(e.prompt_ids) for e in examples], batch_size)
     with torch.no_grad():
         for indices in progress(batches, title, "batches"):
