@@ -48,6 +48,8 @@ def save(model: PreTrainedModel, report: Report, directory: Path, base: Path) ->
     for layer in as_conv1d(turned, told["layers"], plain=format is None):
         tensors[f"{layer}.weight"] = tensors[f"{layer}.weight"].T.contiguous()
     config = json.loads((base / "config.json").read_text(encoding="utf-8")) | sizes(model)
+    config.pop("torch_dtype", None)  # as transformers 4 called it
+    config["dtype"] = str(model.dtype).removeprefix("torch.")  # what is stored, whatever the base came in
     with whole_directory(directory) as scratch:
         for pattern in CARRIED:
             for file in base.glob(pattern):

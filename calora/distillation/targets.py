@@ -70,7 +70,7 @@ def write_targets(
             if path.exists():
                 continue
             chosen = [examples[i] for i in indices]
-            if not task.scored and not all(e.answer_ids for e in chosen):
+            if answer_ids is None and not all(e.answer_ids for e in chosen):
                 chosen = _with_own_answers(model, task, tokenizer, chosen)
             batch = family.collate(chosen, model)
             output = family.forward(model, batch, answer_ids)

@@ -282,24 +282,27 @@ class Classifier:
     def generate(
         self, model: PreTrainedModel, examples: Sequence[Example], max_new_tokens: int, end: int | None = None
     ) -> list[list[int]]:
-        raise CaloraError("a classifier", "a scored task", "a generated one", "use a language model for it")
+        found, fix = f"{type(model).__name__}, which writes none", "use a language model for a generated task"
+        raise CaloraError("generate", "a model that writes text", found, fix)
 
 
 class Encoder(Classifier):
-    """BERT-like models without a head: hidden states alone, which can be compressed and distilled; no task is answered."""
+    """BERT-like models without a head: hidden states alone, which can be compressed and distilled; nothing is answered."""
 
     def forward(self, model: PreTrainedModel, batch: Batch, token_ids: Tensor | None) -> Output:
         hidden = model(**batch.inputs).last_hidden_state
         return Output({"encoder": hidden}, hidden.new_zeros(len(hidden), 0))
 
     def answer_ids(self, model: PreTrainedModel, task: Task, tokenizer: PreTrainedTokenizerBase) -> Tensor | None:
-        raise CaloraError(
-            f"task {task.name}, on {type(model).__name__}",
-            "a model with a head",
-            "hidden states alone",
-            f"put one on it: AutoModelForSequenceClassification.from_pretrained(folder, num_labels={len(task.answers) or 2})"
-            ".save_pretrained(another)",
-        )
+        if task.scored:
+            raise CaloraError(
+                f"task {task.name}, on {type(model).__name__}",
+                "a model with a head",
+                "hidden states alone",
+                f"put one on it: AutoModelForSequenceClassification.from_pretrained(folder, num_labels={len(task.answers)})"
+                ".save_pretrained(another)",
+            )
+        return torch.arange(0, device=model.device)
 
 
 def _generate(
