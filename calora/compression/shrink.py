@@ -78,8 +78,8 @@ def check(model: PreTrainedModel, options: Options) -> PreTrainedModel:
         CaloraError: too little would be left or nothing cut, or no configuration of transformers can say the sizes.
     """
     if options.importance == "taylor" and isinstance(family_of(model), Classifier):
-        found = f"{type(model).__name__}, whose labels the texts do not say"
-        raise CaloraError("shrink.importance (taylor)", "a language model", found, "set it to activation")
+        unlike = f"{type(model).__name__}, whose labels the texts do not say"
+        raise CaloraError("shrink.importance (taylor)", "a language model", unlike, "set it to activation")
     shapes: dict[str, tuple[int, int]] = {}  # layer -> in, out, by the names of a model whose last layers were cut
     for stack, blocks in stacks(model).items():
         for index in range(_left(options, "layers", stack, len(blocks)) if options.layers else len(blocks)):
