@@ -77,14 +77,13 @@ FAMILIES = {
     "T5": ("T5", T5),
     "T5 1.1, Flan": ("T5", T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
     "mT5": ("MT5", T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
-    "BERT, MiniLM": ("Bert", LLAMA | {"num_labels": 2, "max_position_embeddings": 32}),
+    "BERT, MiniLM": ("Bert", LLAMA | {"num_labels": 2, "max_position_embeddings": 32, "initializer_range": 0.2}),
     "GPT-2": ("GPT2", {"vocab_size": 24, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4, "eos_token_id": 1}),
     "Mixtral": ("Mixtral", LLAMA | {"num_local_experts": 4}),
     "Qwen2-MoE": ("Qwen2Moe", LLAMA | EXPERTS | {"shared_expert_intermediate_size": 32}),
     "Qwen3-MoE": ("Qwen3Moe", LLAMA | EXPERTS | {"head_dim": 8}),
 }  # fmt: skip
 HEADS = {"GPT2": "LMHeadModel", "Bert": "ForSequenceClassification"}
-SHRINK = {"importance": "activation", "compensate": True}
 ABOVE = """
 # Which recipe works on which kind of model
 
@@ -142,11 +141,6 @@ so the pipeline refuses it as a base. `taylor` importance needs a language model
 
 A model whose blocks hold less than 95 % of their weights in linear layers is refused. So are models composed of several (vision and text), masked language models and encoder-decoder classifiers.
 Gemma-2 has no SDPA attention in transformers, and computes eagerly.
-"""
-SHRINK = {"importance": "activation", "compensate": True}
-ABOVE = """
-"""
-BELOW = """
 """
 SHRINK = {"importance": "activation", "compensate": True}
 DEEP = ("q8_up", "layers")  # recipes that are tried on two blocks a stack; the others on one, to save time
