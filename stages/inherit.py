@@ -20,7 +20,7 @@ from calora.compressed import Compressed, load
 from calora.inheritance.fresh import equal_budget, fresh_adapter
 from calora.inheritance.inherit import Bypass, Inheritance, inherit
 from calora.inheritance.ranks import share_ranks
-from calora.models.anatomy import linear_layers, named
+from calora.models.anatomy import module_names, named
 from calora.models.loading import load_model
 from calora.models.tasks import encode_all, positions
 from calora.saving import REPORT
@@ -58,7 +58,7 @@ def start_of(start: Start, model: Compressed, name: str, seed: int, shape: bool 
     """The adapter of a start, and what became of the teacher's layers; for its `shape` alone, values that take no data."""
     if isinstance(start.budget, Start):
         like, report = start_of(start.budget, model, name, seed, shape=True)
-        return fresh_adapter(model, equal_budget(like, linear_layers(model)), {}, seed), report
+        return fresh_adapter(model, equal_budget(like, module_names(model)), {}, seed), report
     lora = start.lora
     if isinstance(lora, str):
         return carried(start, lora, model, name, seed, shape)

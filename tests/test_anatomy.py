@@ -88,7 +88,7 @@ def test_a_word_for_layers_whose_short_names_are_others_too_becomes_full_names(o
         f"bert.encoder.layer.{i}.output.dense" for i in (0, 1)
     ]
     assert named(model, ["attention"]) == ["query", "key", "value", "attention.output.dense"]
-    assert named(model, ["all-linear"]) == ["query", "key", "value", "dense"]
+    assert named(model, ["all-linear"]) == ["query", "key", "value", "output.dense", "intermediate.dense"]  # no pooler
 
 
 def test_an_unknown_layer_is_told_by_what_to_set():

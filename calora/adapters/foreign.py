@@ -30,7 +30,7 @@ from calora.adapters.lora import (
 from calora.common.files import read_json
 from calora.common.tensors import read_tensors
 from calora.errors import CaloraError
-from calora.models.anatomy import linear_layers
+from calora.models.anatomy import linear_layers, module_names
 
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # torch.compile's, FSDP's
 FACTOR = re.compile(r"(?P<path>.+)\.(?P<factor>lora_[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
@@ -82,7 +82,7 @@ def import_lora(directory: Path, model: PreTrainedModel) -> Adapter:
         for layer in have:
             adapter.lora |= _from_the_base(adapter.lora, layer, layers[layer], ranks[layer], scales[layer], start)
         ranks = {layer: 2 * rank for layer, rank in ranks.items()}
-    return Adapter(plain_config(ranks, scales, layers), dict(sorted(adapter.lora.items())))
+    return Adapter(plain_config(ranks, scales, module_names(model)), dict(sorted(adapter.lora.items())))
 
 
 def _from_the_base(

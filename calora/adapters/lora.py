@@ -28,7 +28,7 @@ from calora.adapters.scales import (
     scales_state,
 )
 from calora.errors import CaloraError
-from calora.models.anatomy import WORDS, linear_layers, named
+from calora.models.anatomy import WORDS, linear_layers, module_names, named
 from calora.recovery.beside import Part, Sides
 from calora.recovery.bypass import Bypasses, RecoveryBypass, activate, attach, bypasses_of, detach, recovery_state
 
@@ -98,11 +98,11 @@ def lora_config(
 def plain_config(ranks: Mapping[str, int], scales: Mapping[str, float], among: Iterable[str] = ()) -> LoraConfig:
     """The plainest configuration of a LoRA with these ranks and scales: alpha = scale r, all by name.
 
-    A last part of a name, such as `q_proj`, stands for its layers where it names no other layer of the model.
+    A last part of a name, such as `q_proj`, stands for its layers where it names no other module of the model.
 
     Args:
         ranks, scales: by layer; at least one layer.
-        among: all linear layers of the model; without them every layer goes by its full name.
+        among: the names of all modules of the model; without them every layer goes by its full name.
     """
     parts: dict[str, list[str]] = {}
     for layer in sorted(ranks):
@@ -163,8 +163,7 @@ def targeted(model: PreTrainedModel, config: LoraConfig) -> set[str]:
         layers_to_transform=config.layers_to_transform,
         layers_pattern=config.layers_pattern,
     )
-    names = {name.replace(".base_layer", "") for name, _ in model.named_modules() if name and ".lora_" not in name}
-    return {name for name in names if check_target_module_exists(own, name)}
+    return {name for name in module_names(model) if check_target_module_exists(own, name)}
 
 
 def check_targets(model: PreTrainedModel, targets: Sequence[str], rank: Rank) -> dict[str, nn.Linear]:

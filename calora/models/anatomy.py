@@ -178,6 +178,12 @@ def words_of(name: str, block: nn.Module) -> dict[str, set[str]]:
     return words
 
 
+def module_names(model: nn.Module) -> list[str]:
+    """Full names of all modules, as they are without PEFT's wrapping: what PEFT looks for its targets among."""
+    names = [name for name, _ in model.named_modules() if name and ".lora_" not in name]
+    return list(dict.fromkeys(name.replace(".base_layer", "") for name in names))
+
+
 def words_of_all(model: nn.Module) -> dict[str, set[str]]:
     """`words_of` of all blocks."""
     return {
@@ -191,8 +197,8 @@ def words_of_all(model: nn.Module) -> dict[str, set[str]]:
 def named(model: nn.Module, targets: Sequence[str]) -> list[str]:
     """Names of layers as PEFT takes them, in the order of `targets`, for names and words of WORDS.
 
-    A word becomes the shortest ends of names (`q_proj`, `attn.c_proj`) that name its layers and no others, or, where there
-    are none, full names.
+    A word becomes the shortest ends of names (`q_proj`, `attn.c_proj`) that name its layers and no other module, or, where
+    there are none, full names.
 
     Raises:
         CaloraError: a word is of no layer of this model.
@@ -209,7 +215,7 @@ def named(model: nn.Module, targets: Sequence[str]) -> list[str]:
             expected = f"layers of this model for the word '{target}'"
             none = f"none that calora knows in {type(model).__name__}"
             raise CaloraError("targets", expected, none, f"name them: {last}; or write all-linear")
-        others = [layer for layer in words if layer not in wanted]
+        others = sorted(set(module_names(model)) - set(wanted))
         for layer in wanted:
             found[_shortest(layer, others)] = None
     return list(found)
