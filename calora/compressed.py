@@ -26,6 +26,7 @@ from calora.models.anatomy import linear_layers
 from calora.models.loading import attention_of, compute_dtype, load_tokenizer, model_class
 from calora.models.moments import read_together
 from calora.models.tasks import Task, encode_all, positions
+from calora.models.uniform import uniform
 from calora.recovery.beside import Sides
 from calora.recovery.shared import unpack
 from calora.saving import KEPT, REPORT, VERSION, WEIGHTS
@@ -155,6 +156,7 @@ def load(
     with stored_tensors(directory / WEIGHTS) as tensors:
         ready = not dense and device == "cpu"
         build(model, report["layers"], tensors, report["tied"], dense=dense, ready=ready, compute=compute)
+    uniform(model)  # what was not compressed is stored as the base has it
     compute_in(model, compute, config.dtype)
     if dense:
         model.tie_weights()

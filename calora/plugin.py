@@ -15,6 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from calora.formats import OURS
 from calora.layers.layout import build, prepare
+from calora.models.uniform import keep_dtype
 from calora.recovery.shared import read_once, unpack
 
 INITIALISED = "_is_hf_initialized"
@@ -47,6 +48,7 @@ class CaloraQuantizer(HfQuantizer):
                     empty[name] = torch.empty(part.get_shape(), dtype=DTYPES[part.get_dtype()], device="meta")
         config = self.quantization_config
         build(model, config.layers, empty, config.tied)
+        keep_dtype(model)
         for layer in config.layers:  # transformers would set the weights of layers (and of what holds them) at random
             while layer:
                 setattr(model.get_submodule(layer), INITIALISED, True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -19,6 +21,7 @@ from calora.layers.nf4 import Nf4Linear
 from calora.layers.packed import PackedEmbedding, PackedLinear
 from calora.layers.report import Report
 from calora.models.anatomy import sizes
+from calora.models.uniform import was_conv1d
 
 REPORT = "compression.json"
 WEIGHTS, KEPT = "model.safetensors", "kept.safetensors"
@@ -37,11 +40,16 @@ def save(model: PreTrainedModel, report: Report, directory: Path, base: Path) ->
     """
     check_stored_form(model, report)
     tensors, tied = each_once(model.state_dict())
-    told = {**report.to_json(), "tied": tied}
-    theirs = not model._keep_in_fp32_modules and covers(model, report)
+    told = {**report.to_json(), "layers": dict(report.layers), "tied": tied}
+    turned = was_conv1d(model)
+    theirs = not model._keep_in_fp32_modules and not turned and covers(model, report)
     format = quantization_config(told, theirs)
     tensors = stored_as(format, tensors, tied)
+    for layer in as_conv1d(turned, told["layers"], plain=format is None):
+        tensors[f"{layer}.weight"] = tensors[f"{layer}.weight"].T.contiguous()
     config = json.loads((base / "config.json").read_text(encoding="utf-8")) | sizes(model)
+    config.pop("torch_dtype", None)  # as transformers 4 called it
+    config["dtype"] = str(model.dtype).removeprefix("torch.")  # what is stored, whatever the base came in
     with whole_directory(directory) as scratch:
         for pattern in CARRIED:
             for file in base.glob(pattern):
@@ -59,6 +67,21 @@ def save(model: PreTrainedModel, report: Report, directory: Path, base: Path) ->
             "fingerprint": fingerprint(scratch),
         }
         write_json(scratch / REPORT, {**total, **told})
+
+
+def as_conv1d(turned: Sequence[str], layers: dict[str, dict[str, Any]], plain: bool) -> list[str]:
+    """The layers that are stored as the base's own Conv1D, [in, out]; the entry of one that changed then says so.
+
+    Args:
+        turned: the layers that transformers has as Conv1D.
+        layers: the entries of the report.
+        plain: whether transformers alone reads the model; if not, layers that changed are linear layers there too.
+    """
+    if plain:
+        for layer in layers.keys() & set(turned):
+            layers[layer] = {**layers[layer], "conv1d": True}
+        return list(turned)
+    return [layer for layer in turned if layer not in layers]
 
 
 def check_stored_form(model: PreTrainedModel, report: Report) -> None:

@@ -20,7 +20,7 @@ from calora.compressed import Compressed, load
 from calora.inheritance.fresh import equal_budget, fresh_adapter
 from calora.inheritance.inherit import Bypass, Inheritance, inherit
 from calora.inheritance.ranks import share_ranks
-from calora.models.anatomy import linear_layers
+from calora.models.anatomy import module_names, named
 from calora.models.loading import load_model
 from calora.models.tasks import Row, encode_all, positions
 from calora.saving import REPORT
@@ -65,12 +65,12 @@ def start_of(
     """
     if isinstance(start.budget, Start):
         like, report = start_of(start.budget, model, name, seed, rows, shape=True)
-        return fresh_adapter(model, equal_budget(like, linear_layers(model)), {}, seed), report
+        return fresh_adapter(model, equal_budget(like, module_names(model)), {}, seed), report
     lora = start.lora
     if isinstance(lora, str):
         return carried(start, lora, model, name, seed, rows, shape)
     check_targets(model, lora.targets, lora.rank)
-    made = fresh_adapter(model, lora_config(lora.rank, lora.lora_alpha, lora.targets), {}, seed)
+    made = fresh_adapter(model, lora_config(lora.rank, lora.lora_alpha, named(model, lora.targets)), {}, seed)
     bare, report = carried(start, "none", model, name, seed, rows, shape)
     return replace(bare, config=made.config, lora=made.lora), report
 

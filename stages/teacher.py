@@ -23,8 +23,10 @@ from calora.common.parallel import only_first_goes_on, place
 from calora.common.versions import FILE, versions
 from calora.distillation.targets import write_targets
 from calora.distillation.training import Checkpoint
+from calora.models.anatomy import named
 from calora.models.loading import load_model, load_tokenizer, training_attention
 from calora.models.tasks import Task, encode_all, positions
+from calora.models.uniform import was_conv1d
 from stages.common import BASE, CHECKPOINTS, brought, run, targets, teacher
 from stages.config import Params
 from stages.splits import read_split, read_task
@@ -49,9 +51,16 @@ def main(params: Params, name: str) -> None:
 
 def train_teacher(params: Params, task: Task, model: Any) -> Checkpoint:
     """A LoRA trained on the labelled texts; the best one on validation."""
-    check_targets(model, params.teacher.targets, params.teacher.rank)
-    config = lora_config(params.teacher.rank, params.teacher.lora_alpha, params.teacher.targets)
+    own = params.teacher
+    check_targets(model, own.targets, own.rank)
+    config = as_peft_has_it(lora_config(own.rank, own.lora_alpha, named(model, own.targets)), model)
     return train_lora(params, task, model, load_tokenizer(BASE), config, teacher(task.name), BASE)
+
+
+def as_peft_has_it(config: Any, model: Any) -> Any:
+    """The configuration of a LoRA that PEFT puts on the base itself, whose layers may be Conv1D (GPT-2)."""
+    config.fan_in_fan_out = bool(was_conv1d(model))
+    return config
 
 
 def take_imported(params: Params, task: Task, theirs: Path, model: Any) -> None:
@@ -74,6 +83,7 @@ def take_imported(params: Params, task: Task, theirs: Path, model: Any) -> None:
         lora = adapter
         with_lora(model, lora, task.name)
     scores["adapter"] = scorer(model, task, tokenizer, params)()
+    as_peft_has_it(lora.config, model)
     card, notes = plain_card(task, str(BASE)), {FILE: versions(), IMPORTED: about}
     write_adapter(teacher(task.name), lora, str(BASE), card, torch.bfloat16, notes)
     if isinstance(adapter, Whole):
@@ -107,7 +117,7 @@ def _lora_of(params: Params, task: Task, whole: Whole, model: Any, about: dict[s
     if lora.config is None:
         base = load_model(BASE)
         check_targets(base, params.teacher.targets, params.teacher.rank)
-        config = lora_config(params.teacher.rank, params.teacher.lora_alpha, params.teacher.targets)
+        config = lora_config(params.teacher.rank, params.teacher.lora_alpha, named(base, params.teacher.targets))
         torch.manual_seed(params.seed)
         inject(base, config)
         lora, about["lora"] = Adapter(config, lora_state(base)), "fresh"

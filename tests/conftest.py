@@ -17,8 +17,13 @@ import torch
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
+    BertForSequenceClassification,
     BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -72,8 +77,24 @@ def make_model(kind: str, folder: Path, dtype: torch.dtype = torch.bfloat16, hid
                 eos_token_id=1, decoder_start_token_id=0, dropout_rate=0.0,
             )
         )  # fmt: skip
+    elif kind == "bart":
+        model = BartForConditionalGeneration(
+            BartConfig(
+                vocab_size=size, d_model=hidden, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+                decoder_attention_heads=4, encoder_ffn_dim=inner, decoder_ffn_dim=inner, max_position_embeddings=64,
+                pad_token_id=0, bos_token_id=None, eos_token_id=1, decoder_start_token_id=1, forced_eos_token_id=None,
+            )
+        )  # fmt: skip
+    elif kind == "gpt2":
+        model = GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=size, n_positions=64, n_embd=hidden, n_layer=2, n_head=4, n_inner=inner, bos_token_id=None,
+                eos_token_id=1,
+            )
+        )  # fmt: skip
     else:
-        model = BertModel(
+        cls = BertForSequenceClassification if kind == "classifier" else BertModel
+        model = cls(
             BertConfig(
                 vocab_size=size, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=2, num_attention_heads=4,
                 max_position_embeddings=64, pad_token_id=0,
@@ -122,7 +143,8 @@ def make_project(folder: Path, kind: str = "llama", answers: bool = True) -> Pat
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
         shutil.copy(ROOT / name, folder)
-    base = make_model(kind, folder / "sources/base")
+    published = torch.float32 if kind in ("gpt2", "classifier") else torch.bfloat16
+    base = make_model(kind, folder / "sources/base", published)
     small = make_model("bert", folder / "sources/small", torch.float32)
     (folder / "own").mkdir()
     for split, count in (("train", 40), ("validation", 12), ("test", 16)):
@@ -146,16 +168,13 @@ def make_project(folder: Path, kind: str = "llama", answers: bool = True) -> Pat
     }  # fmt: skip
     params["compress"]["calibration"] |= {"texts": 8, "tuning": 8}
     params["teacher"]["written"] |= {"texts": 10, "tokens": 6}
-    params["teacher"] |= {"rank": 4, "lora_alpha": 2, "top_k": 5, "targets": ["q_proj", "k_proj"]}
+    params["teacher"] |= {"rank": 4, "lora_alpha": 2, "top_k": 5, "targets": ["query", "key"]}
     params["train"] |= {"steps": 6, "warmup": 1, "eval_every": 3, "batch_size": 4, "checkpoint_seconds": 0.001}
     ours = params["methods"]["calora"]["start"]
     ours["bypass"] |= {"rank": 4, "budget": None, "activation": "gelu", "format": "bf16"}
     ours["calibration_texts"] = 12
     params["methods"]["wide"]["start"]["bypass"]["rank"] = 4
     params["evaluate"] |= {"draws": 100}
-    if kind == "t5":
-        params["teacher"]["targets"] = ["q", "k"]
-        ours["bypass"]["targets"] = ["q", "k", "v", "o", "wi", "wo"]
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     return folder
 

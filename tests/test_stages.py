@@ -14,10 +14,11 @@ import pytest
 import torch
 from peft import PeftModel
 from sklearn.metrics import f1_score
+from transformers import GPT2LMHeadModel
 
 import calora
 from calora.adapters.fold import fold
-from calora.adapters.folder import read_adapter, write_adapter
+from calora.adapters.folder import read_adapter, read_plain_lora, write_adapter
 from calora.adapters.lora import Adapter, attach_adapter, set_active
 from calora.common.versions import versions
 from calora.errors import CaloraError
@@ -128,6 +129,27 @@ def test_every_stage_for_answers_that_a_row_brings(tmp_path, monkeypatch):
     assert all(a in (row["one"], row["two"]) for a, row in zip(model.answer(asked), asked, strict=True))
     with pytest.raises(CaloraError, match="column 'one', found no such column"):
         model.answer(["a film"])
+
+
+@pytest.mark.parametrize("kind", ["bart", "gpt2", "classifier"])
+def test_every_stage_for_more_families(tmp_path, kind, monkeypatch):
+    """By the names of no layer: the words of params.yaml fit any family."""
+    monkeypatch.chdir(tmp_path)
+    folder = make_project(tmp_path / "p", kind)
+    change(folder, "compare", ["clm", "clm_lora", "calora"])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*fan_in_fan_out.*")  # PEFT's, of a configuration that it has to mend
+        run_all(folder)
+        if kind == "gpt2":
+            plain = GPT2LMHeadModel.from_pretrained(folder / "models/base", dtype=torch.float32)
+            theirs = PeftModel.from_pretrained(plain, folder / "models/teacher/toy")
+    methods = json.loads((folder / "results/toy/q8_up/metrics.json").read_text())["methods"]
+    assert methods["clm_lora"]["trainable_parameters"] == methods["clm_calora"]["trainable_parameters"] > 0
+    if kind == "gpt2":
+        ours = load_model(folder / "models/base", torch.float32)
+        attach_adapter(ours, read_plain_lora(folder / "models/teacher/toy"), "toy")
+        set_active(ours, "toy")
+        torch.testing.assert_close(logits_of(ours), logits_of(theirs.get_base_model()), rtol=1e-4, atol=1e-5)
 
 
 def test_results_hold_the_interface(project):

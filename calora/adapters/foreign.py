@@ -29,7 +29,7 @@ from calora.adapters.lora import (
 )
 from calora.adapters.places import adapter_files
 from calora.errors import CaloraError
-from calora.models.anatomy import linear_layers
+from calora.models.anatomy import linear_layers, module_names
 
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # torch.compile's, FSDP's
 FACTOR = re.compile(r"(?P<path>.+)\.(?P<factor>lora_[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
@@ -86,7 +86,7 @@ def plain_of(directory: Path, raw: Mapping[str, Any], tensors: Mapping[str, Tens
         for layer in have:
             adapter.lora |= _from_the_base(adapter.lora, layer, layers[layer], ranks[layer], scales[layer], start)
         ranks = {layer: 2 * rank for layer, rank in ranks.items()}
-    return Adapter(plain_config(ranks, scales, layers), dict(sorted(adapter.lora.items())))
+    return Adapter(plain_config(ranks, scales, module_names(model)), dict(sorted(adapter.lora.items())))
 
 
 def _from_the_base(

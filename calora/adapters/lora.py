@@ -28,7 +28,7 @@ from calora.adapters.scales import (
     scales_state,
 )
 from calora.errors import CaloraError
-from calora.models.anatomy import linear_layers
+from calora.models.anatomy import WORDS, linear_layers, module_names, named
 from calora.recovery.beside import Part, Sides
 from calora.recovery.bypass import Bypasses, RecoveryBypass, activate, attach, bypasses_of, detach, recovery_state
 
@@ -98,11 +98,11 @@ def lora_config(
 def plain_config(ranks: Mapping[str, int], scales: Mapping[str, float], among: Iterable[str] = ()) -> LoraConfig:
     """The plainest configuration of a LoRA with these ranks and scales: alpha = scale r, all by name.
 
-    A last part of a name, such as `q_proj`, stands for its layers where it names no other layer of the model.
+    A last part of a name, such as `q_proj`, stands for its layers where it names no other module of the model.
 
     Args:
         ranks, scales: by layer; at least one layer.
-        among: all linear layers of the model; without them every layer goes by its full name.
+        among: the names of all modules of the model; without them every layer goes by its full name.
     """
     parts: dict[str, list[str]] = {}
     for layer in sorted(ranks):
@@ -163,23 +163,23 @@ def targeted(model: PreTrainedModel, config: LoraConfig) -> set[str]:
         layers_to_transform=config.layers_to_transform,
         layers_pattern=config.layers_pattern,
     )
-    names = {name.replace(".base_layer", "") for name, _ in model.named_modules() if name and ".lora_" not in name}
-    return {name for name in names if check_target_module_exists(own, name)}
+    return {name for name in module_names(model) if check_target_module_exists(own, name)}
 
 
 def check_targets(model: PreTrainedModel, targets: Sequence[str], rank: Rank) -> dict[str, nn.Linear]:
-    """The linear layers whose names end in one of `targets`.
+    """The linear layers whose names end in one of `targets`, or that a word among them means (`anatomy.WORDS`).
 
     Raises:
         CaloraError: a target names no layer, or a rank is outside the width of a layer or of no such layer.
     """
     layers = linear_layers(model)
-    names = {name.rsplit(".", 1)[-1] for name in layers}
-    missing = sorted(set(targets) - names)
+    ends = named(model, targets)
+    missing = sorted(end for end in ends if not any(_ends_in(name, end) for name in layers))
     if missing or not targets:
-        known = ", ".join(sorted(names))
-        raise CaloraError("targets", f"names among {known}", missing or "none", "name layers of this model")
-    chosen = {name: layer for name, layer in layers.items() if name.rsplit(".", 1)[-1] in targets}
+        known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in layers}))
+        fix = f"name layers of this model, or {', '.join(WORDS)}"
+        raise CaloraError("targets", f"names among {known}", missing or "none", fix)
+    chosen = {name: layer for name, layer in layers.items() if any(_ends_in(name, end) for end in ends)}
     widths = {name: min(layer.in_features, layer.out_features) for name, layer in chosen.items()}
     for name, own in ranks_of(rank, sorted(chosen, key=widths.__getitem__)).items():
         if name not in widths:
@@ -190,6 +190,11 @@ def check_targets(model: PreTrainedModel, targets: Sequence[str], rank: Rank) ->
     return chosen
 
 
+def _ends_in(name: str, end: str) -> bool:
+    """Whether PEFT would take `end` for the name of a layer."""
+    return name == end or name.endswith(f".{end}")
+
+
 def inject(model: nn.Module, config: LoraConfig, name: str = "default", fresh: bool = True) -> None:
     """Put a LoRA on `model` in place, which is in eval mode then; everything but the LoRA is frozen.
 
@@ -198,7 +203,7 @@ def inject(model: nn.Module, config: LoraConfig, name: str = "default", fresh: b
             the start was, and the LoRA's values are arbitrary until they are loaded.
     """
     own = copy.deepcopy(config)  # PEFT edits it
-    own.lora_dropout = 0.0
+    own.lora_dropout, own.fan_in_fan_out = 0.0, False  # whatever is Conv1D in plain transformers is a linear layer here
     if not fresh:
         own.init_lora_weights = False
     with warnings.catch_warnings():

@@ -23,6 +23,7 @@ from calora.layers.layout import store
 from calora.layers.precision import computing_in
 from calora.layers.report import Report
 from calora.models.anatomy import check_known
+from calora.models.families import family_of
 from calora.models.loading import compute_dtype
 from calora.models.tasks import Example
 
@@ -166,6 +167,7 @@ def check_model(model: PreTrainedModel, steps: Sequence[tuple[str, Any]]) -> Non
 
     Each step is checked against the sizes that the steps before it leave.
     """
+    family_of(model)
     if not hasattr(model, "calora_report"):
         check_known(model)
     shape = model

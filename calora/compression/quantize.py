@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,7 +27,7 @@ from calora.layers.packed import (
     table_packing,
     table_tensors,
 )
-from calora.models.anatomy import linear_layers
+from calora.models.anatomy import WORDS, linear_layers, words_of, words_of_all
 
 GROUPS = (32, 64, 128)
 GROUPED = ("int4", "int3", "int2")  # formats with a scale for each group of inputs
@@ -53,7 +53,8 @@ class Options:
         symmetric: int4 to int2: whether the grid is symmetric about 0; int2's has no 0 then (arXiv 2502.02631).
         range: int4 to int2: `minmax`, the grid spans the weights of its group, or `search`: the range is shrunk to where
             their rounding error is least, each weighted by the mean square of its input.
-        layers: last part of a layer's name -> another format, or {format, group} (not nf4).
+        layers: last part of a layer's name, or a word for some layers (`anatomy.WORDS`) -> another format, or {format, group}
+            (not nf4). A name comes before a word, and an earlier word before a later one.
         outliers: int8: input columns with some |x| of at least this in calibration stay in the base's dtype
             (arXiv 2208.07339: 6.0); 0 for none.
         embeddings: `int8`, `int4` (asymmetric, searched range, groups of 64 or 32) or `none`: the input table and the
@@ -87,13 +88,13 @@ class Options:
         if not isinstance(self.outliers, int | float) or self.outliers < 0:
             raise CaloraError("quantize.outliers", "a threshold of at least 0", repr(self.outliers), FIX)
 
-    def scheme(self, layer: str) -> Scheme:
-        """How the layer of this name is quantised."""
-        part = layer.rpartition(".")[2]
-        given = (self.layers or {}).get(part)
-        if given is None:
+    def scheme(self, layer: str, words: Collection[str]) -> Scheme:
+        """How the layer of this name is quantised, which answers to these words."""
+        part, layers = layer.rpartition(".")[2], self.layers or {}
+        key = part if part in layers else next((word for word in layers if word in words), None)
+        if key is None:
             return Scheme(self.format, self.group if self.format in GROUPED else None)
-        return self._given(f"quantize.layers.{part}", given)
+        return self._given(f"quantize.layers.{key}", layers[key])
 
     def _named(self) -> list[tuple[str, Scheme]]:
         """Where a format of its own is asked for, and which."""
@@ -120,13 +121,15 @@ class Options:
 
 def check(model: PreTrainedModel, options: Options) -> None:
     """Raise `CaloraError` if the options do not fit the model's layers, their widths or its embeddings."""
-    layers = linear_layers(model)
+    layers, words = linear_layers(model), words_of_all(model)
     known = sorted({name.rpartition(".")[2] for name in layers})
+    meant = [word for word in WORDS if any(word in own for own in words.values())]
     for part in options.layers or ():
-        if part not in known:
-            raise CaloraError("quantize.layers", f"last parts of layers' names: {', '.join(known)}", part, FIX)
+        if part not in (*known, *meant):
+            expected = f"last parts of layers' names ({', '.join(known)}), or {', '.join(meant)}"
+            raise CaloraError("quantize.layers", expected, part, FIX)
     for name, layer in layers.items():
-        group = options.scheme(name).group
+        group = options.scheme(name, words[name]).group
         if group and layer.in_features % group:
             fits = [g for g in GROUPS if layer.in_features % g == 0]
             raise CaloraError(
@@ -164,10 +167,11 @@ def change(block: Block, options: Options, plan: Plan) -> Change:
     if options.format == "nf4":
         return Change({name: Nf4Linear.pack(layer, block.dtype) for name, layer in block.layers.items()})
     made = Change()
+    schemes = {name: options.scheme(name, own) for name, own in words_of(block.name, block.module).items()}
     for group in block.groups():
         first = next(iter(group))
-        for scheme in dict.fromkeys(options.scheme(name) for name in group):
-            alike = {name: layer for name, layer in group.items() if options.scheme(name) == scheme}
+        for scheme in dict.fromkeys(schemes[name] for name in group):
+            alike = {name: layer for name, layer in group.items() if schemes[name] == scheme}
             made.modules |= _packed(alike, scheme, block.moments()[first], block.largest()[first], options, block.dtype)
     return made
 

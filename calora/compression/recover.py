@@ -22,6 +22,7 @@ from calora.compression.walk import Block, Calibration, Change, Part, each_block
 from calora.errors import CaloraError
 from calora.layers.layout import dense_layer, dense_weight
 from calora.models.anatomy import linear_layers
+from calora.models.families import Encoder, family_of
 from calora.models.tasks import Example
 from calora.recovery.budget import Spectrum, share_out
 from calora.recovery.shared import FORMATS, Factors, SharedRecovery, attach_shared
@@ -78,7 +79,10 @@ class Options:
 
 
 def check(model: PreTrainedModel, options: Options) -> None:
-    """Raise `CaloraError` if the rank does not fit a layer."""
+    """Raise `CaloraError` if the rank does not fit a layer, or the model has no head whose answers could tune it."""
+    if options.tuning and isinstance(family_of(model), Encoder):
+        fix = "leave `tune` out, or put a head on the base"
+        raise CaloraError("recover.tune", "a model with a head", f"{type(model).__name__}, which has none", fix)
     for name, layer in linear_layers(model).items():
         widest = min(layer.in_features, layer.out_features)
         if options.rank and options.rank > widest:

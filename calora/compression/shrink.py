@@ -34,7 +34,7 @@ from calora.models.anatomy import (
     stacks,
     with_sizes,
 )
-from calora.models.families import family_of
+from calora.models.families import Classifier, family_of
 from calora.models.moments import BATCH, as_read
 from calora.models.tasks import Example
 
@@ -77,6 +77,9 @@ def check(model: PreTrainedModel, options: Options) -> PreTrainedModel:
     Raises:
         CaloraError: too little would be left or nothing cut, or no configuration of transformers can say the sizes.
     """
+    if options.importance == "taylor" and isinstance(family_of(model), Classifier):
+        unlike = f"{type(model).__name__}, whose labels the texts do not say"
+        raise CaloraError("shrink.importance (taylor)", "a language model", unlike, "set it to activation")
     shapes: dict[str, tuple[int, int]] = {}  # layer -> in, out, by the names of a model whose last layers were cut
     for stack, blocks in stacks(model).items():
         for index in range(_left(options, "layers", stack, len(blocks)) if options.layers else len(blocks)):

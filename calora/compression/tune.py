@@ -26,7 +26,7 @@ from calora.layers.layout import dense_layer, own_weight
 from calora.layers.nf4 import Nf4Linear
 from calora.layers.packed import PackedLinear
 from calora.models.anatomy import linear_layers
-from calora.models.families import family_of
+from calora.models.families import Classifier, family_of
 from calora.models.moments import as_read
 from calora.models.tasks import Example
 from calora.recovery.shared import Factors, SharedRecovery, attach_shared, detach_shared, shared_of
@@ -158,6 +158,8 @@ def divided(texts: Sequence[Example]) -> tuple[list[Example], list[Example]]:
 def _at_every_position(model: PreTrainedModel, text: Example) -> Example:
     """A text whose every token is followed by an answer token, the last one too: there a prompt is answered."""
     ids = text.prompt_ids
+    if isinstance(family_of(model), Classifier):  # one place in each text
+        return text
     at = len(as_read(model, text).prompt_ids) if model.config.is_encoder_decoder else 1
     return Example(ids[:at], [*ids[at:], ids[-1]])
 

@@ -62,8 +62,8 @@ def write_targets(
     likeliest of the row's, or what it writes. Shards that an interrupted call with the same arguments left in
     `directory` are kept.
     """
-    family, ids = family_of(model), task.answer_token_ids(tokenizer)
-    answer_ids = None if ids is None else torch.tensor(ids, device=model.device)
+    family = family_of(model)
+    answer_ids = family.answer_ids(model, task, tokenizer)
     batches = length_batches([e.tokens for e in examples], batch_size)
     shard: dict[str, Tensor] = {}
     with torch.no_grad():

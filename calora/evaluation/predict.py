@@ -13,9 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from calora.common.batching import length_batches
 from calora.common.parallel import gathered, portion
 from calora.common.progress import progress
-from calora.errors import CaloraError
 from calora.evaluation.metrics import counts_pairs, exact_match, items_of, value_of
-from calora.models.families import Classifier, end_tokens, family_of
+from calora.models.families import end_tokens, family_of
 from calora.models.tasks import Example, Task
 
 
@@ -44,29 +43,24 @@ def predict(
         title: what the progress bar says; without one there is none.
 
     Raises:
-        CaloraError: the answers cannot be told apart (`Task.answer_token_ids`), or a classifier has a row's own.
+        CaloraError: the answers cannot be told apart (`Task.answer_token_ids`), or the model cannot answer the task.
     """
     family = family_of(model)
-    classifier = isinstance(family, Classifier)
-    if classifier and not task.fixed:
-        raise CaloraError("a classifier", "the same answers for every row", f"task {task.name}", "use a language model")
+    ids = family.answer_ids(model, task, tokenizer)
     if not task.scored:
         return _written(model, task, tokenizer, examples, batch_size, title)
-    ids = None if classifier else task.answer_token_ids(tokenizer)
-    if ids is None and not classifier:
-        found = likelihoods(model, task, examples, batch_size, title)
-        labels = [int(scores.argmax()) for scores in found]
+    if ids is None:
+        labels = [int(scores.argmax()) for scores in likelihoods(model, task, examples, batch_size, title)]
     else:
-        labels = _by_logits(model, examples, None if ids is None else torch.tensor(ids), batch_size, title)
+        labels = _by_logits(model, examples, ids, batch_size, title)
     return Predictions([e.choices[label].strip() for e, label in zip(examples, labels, strict=True)], labels)
 
 
 def _by_logits(
-    model: PreTrainedModel, examples: Sequence[Example], ids: Tensor | None, batch_size: int, title: str | None
+    model: PreTrainedModel, examples: Sequence[Example], ids: Tensor, batch_size: int, title: str | None
 ) -> list[int]:
-    """The label of the highest logit at the end of each prompt, among those of `ids`, or of a classifier."""
+    """The label of the highest logit at the end of each prompt, among those of `ids` [k]."""
     family, labels = family_of(model), [-1] * len(examples)
-    ids = None if ids is None else ids.to(model.device)
     batches = length_batches([len(e.prompt_ids) for e in examples], batch_size)
     with torch.no_grad():
         for indices in progress(batches, title, "batches"):

@@ -62,13 +62,13 @@ def unchanged_scales(model: PreTrainedModel) -> dict[str, Tensor]:
     return made
 
 
-def equal_budget(adapter: Adapter, layers: Iterable[str]) -> LoraConfig:
+def equal_budget(adapter: Adapter, modules: Iterable[str]) -> LoraConfig:
     """A LoRA with exactly as many parameters as `adapter`: in each layer its LoRA's rank there + its bypass's.
 
     Both have rank (in + out) parameters a layer. The scale alpha / r is that of the adapter's LoRA, or 1 without one.
 
     Args:
-        layers: the names of all linear layers of the model.
+        modules: the names of all modules of the model.
 
     Raises:
         CaloraError: the adapter is empty, or has scales.
@@ -85,4 +85,4 @@ def equal_budget(adapter: Adapter, layers: Iterable[str]) -> LoraConfig:
         scales.setdefault(layer, common)
     if not ranks:
         raise CaloraError("equal_budget", "an adapter with a LoRA or a bypass", "an empty one", "name another adapter")
-    return plain_config(ranks, scales, layers)
+    return plain_config(ranks, scales, modules)

@@ -30,7 +30,7 @@ from calora.common.progress import progress
 from calora.errors import CaloraError
 from calora.inheritance.fresh import fresh_lora, unchanged_scales
 from calora.layers.layout import dense_weight
-from calora.models.anatomy import linear_layers
+from calora.models.anatomy import linear_layers, module_names
 from calora.models.moments import input_second_moments
 from calora.models.tasks import Example
 from calora.recovery.bypass import ACTIVATIONS, RecoveryBypass
@@ -114,7 +114,7 @@ def carry_lora(model: PreTrainedModel, teacher: Adapter, origin: Origin) -> tupl
         sources = {layer: origin.source(layer) for layer in mapped}
         ranks = {layer: lora_rank(teacher.config, source) for layer, source in sources.items()}
         scales = {layer: lora_scale(teacher.config, source) for layer, source in sources.items()}
-        config = plain_config(ranks, scales, layers)
+        config = plain_config(ranks, scales, module_names(model))
     return Adapter(config, lora, {}, dict(teacher.meta)), Inheritance(mapped, sliced, dropped)
 
 

@@ -53,7 +53,8 @@ def restore(old: nn.Module, entry: Mapping[str, Any], tensors: Mapping[str, Tens
         sizes = (entry["rows"], entry["width"], entry["padding"])
         return PackedEmbedding(*sizes, dtype, entry.get("factor"), entry["format"]).restore(tensors)
     if entry["kind"] == "dense":
-        return dense_layer(tensors["weight"], tensors.get("bias"))
+        weight = tensors["weight"]
+        return dense_layer(weight.T.contiguous() if entry.get("conv1d") else weight, tensors.get("bias"))
     return packed(entry).restore(tensors)
 
 

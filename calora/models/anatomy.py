@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from calora.errors import CaloraError
+from calora.models.uniform import uniform
 
 FEED_FORWARDS = (  # layers that make the neurons (of two the first goes through the activation), layer that reads them
     (("gate_proj", "up_proj"), "down_proj"),
@@ -24,11 +25,24 @@ FEED_FORWARDS = (  # layers that make the neurons (of two the first goes through
     (("wi",), "wo"),
     (("fc1",), "fc2"),
     (("dense_h_to_4h",), "dense_4h_to_h"),
+    (("c_fc",), "c_proj"),
+    (("intermediate.dense",), "output.dense"),
 )
+FUSED_FEED_FORWARDS = ((("gate_up_proj",), "down_proj"),)  # gate and up in one layer
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+FUSED = ("qkv_proj", "query_key_value", "c_attn")  # queries, keys and values in one layer
+NAMES = {  # word -> last parts of the names of such layers in an attention
+    "query": ("q_proj", "q", "query", *FUSED),
+    "key": ("k_proj", "k", "key", *FUSED),
+    "value": ("v_proj", "v", "value", *FUSED),
+}
+WORDS = ("all-linear", "attention", "feed_forward", "feed_forward_in", *NAMES)  # what may stand for names of layers
 KNOWN = 0.95  # of a block's weights have to be in linear layers
 ENTRIES: dict[str, dict[str, tuple[str, ...]]] = {  # stack -> part -> what a configuration may call its size
-    "": {"layers": ("num_hidden_layers", "n_layer"), "neurons": ("intermediate_size", "ffn_dim", "ffn_hidden_size")},
+    "": {
+        "layers": ("num_hidden_layers", "n_layer"),
+        "neurons": ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner"),
+    },
     "encoder": {"layers": ("num_layers", "encoder_layers"), "neurons": ("d_ff", "encoder_ffn_dim")},
     "decoder": {"layers": ("num_decoder_layers", "decoder_layers"), "neurons": ("d_ff", "decoder_ffn_dim")},
 }
@@ -116,13 +130,106 @@ def feed_forward(name: str, block: nn.Module) -> FeedForward:
     if any(parameter.ndim > 2 for parameter in block.parameters()):
         found = "experts"
     else:
-        for path, module in block.named_modules():
-            for inputs, output in FEED_FORWARDS:
-                if all(isinstance(getattr(module, part, None), nn.Linear) for part in (*inputs, output)):
-                    own = f"{name}.{path}" if path else name
-                    return FeedForward(own, tuple(f"{own}.{part}" for part in inputs), f"{own}.{output}")
+        part = _feed_forward(name, block, FEED_FORWARDS)
+        if part:
+            return part
     known = "; ".join("/".join((*inputs, output)) for inputs, output in FEED_FORWARDS)
     raise CaloraError(f"feed-forward of {name}", f"layers called {known}", found, "leave this out for this base")
+
+
+def _feed_forward(name: str, block: nn.Module, known: Sequence[tuple[tuple[str, ...], str]]) -> FeedForward | None:
+    """The first module of a block that has all layers of one of the known kinds."""
+    for path, module in block.named_modules():
+        for inputs, output in known:
+            if all(isinstance(_part(module, part), nn.Linear) for part in (*inputs, output)):
+                own = f"{name}.{path}" if path else name
+                return FeedForward(own, tuple(f"{own}.{part}" for part in inputs), f"{own}.{output}")
+    return None
+
+
+def _part(module: nn.Module, path: str) -> nn.Module | None:
+    """The module at a dotted path, if there is one."""
+    found: nn.Module | None = module
+    for part in path.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
+def words_of(name: str, block: nn.Module) -> dict[str, set[str]]:
+    """Full name of each linear layer of the block called `name` -> the words of WORDS that it answers to.
+
+    Attention is what is inside a module whose class says so (cross-attention too); the feed-forward is found by the names
+    of its layers. A layer of another kind answers to `all-linear` alone.
+    """
+    layers = block_layers(name, block)
+    words: dict[str, set[str]] = {layer: {"all-linear"} for layer in layers}
+    for path, module in block.named_modules():
+        if path and "attention" in type(module).__name__.lower():
+            for layer in layers:
+                if layer.startswith(f"{name}.{path}."):
+                    last = layer.rpartition(".")[2]
+                    words[layer] |= {"attention", *(word for word, names in NAMES.items() if last in names)}
+    part = _feed_forward(name, block, (*FEED_FORWARDS, *FUSED_FEED_FORWARDS))
+    if part:
+        for layer in (*part.inputs, part.output):
+            words[layer.replace(".base_layer", "")].add("feed_forward")
+        for layer in part.inputs:
+            words[layer.replace(".base_layer", "")].add("feed_forward_in")
+    return words
+
+
+def module_names(model: nn.Module) -> list[str]:
+    """Full names of all modules, as they are without PEFT's wrapping: what PEFT looks for its targets among."""
+    names = [name for name, _ in model.named_modules() if name and ".lora_" not in name]
+    return list(dict.fromkeys(name.replace(".base_layer", "") for name in names))
+
+
+def words_of_all(model: nn.Module) -> dict[str, set[str]]:
+    """`words_of` of all blocks."""
+    return {
+        layer: own
+        for stack, blocks in stacks(model).items()
+        for index, block in enumerate(blocks)
+        for layer, own in words_of(f"{stack}.{index}", block).items()
+    }
+
+
+def named(model: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Names of layers as PEFT takes them, in the order of `targets`, for names and words of WORDS.
+
+    A word becomes the shortest ends of names (`q_proj`, `attn.c_proj`) that name its layers and no other module, or, where
+    there are none, full names.
+
+    Raises:
+        CaloraError: a word is of no layer of this model.
+    """
+    words = words_of_all(model)
+    found: dict[str, None] = {}
+    for target in targets:
+        if target not in WORDS:
+            found[target] = None
+            continue
+        wanted = [layer for layer, own in words.items() if target in own]
+        if not wanted:
+            last = ", ".join(sorted({layer.rpartition(".")[2] for layer in words}))
+            expected = f"layers of this model for the word '{target}'"
+            none = f"none that calora knows in {type(model).__name__}"
+            raise CaloraError("targets", expected, none, f"name them: {last}; or write all-linear")
+        others = sorted(set(module_names(model)) - set(wanted))
+        for layer in wanted:
+            found[_shortest(layer, others)] = None
+    return list(found)
+
+
+def _shortest(layer: str, others: Sequence[str]) -> str:
+    """The shortest end of a layer's name that none of the other names ends in."""
+    parts = layer.split(".")
+    for start in range(len(parts) - 1, 0, -1):
+        end = ".".join(parts[start:])
+        if not any(other == end or other.endswith(f".{end}") for other in others):
+            numbered = any(part.isdigit() for part in parts[start:-1])
+            return layer if numbered else end
+    return layer
 
 
 @dataclass(frozen=True)
@@ -186,7 +293,7 @@ def size_entry(model: PreTrainedModel, stack: str, part: str, size: int) -> str:
     role = ("encoder" if "encoder" in stack else "decoder") if model.config.is_encoder_decoder else ""
     entries = model.config.to_dict()
     for name in ENTRIES[role][part]:
-        if entries.get(name) == size:
+        if name in entries and entries[name] in (size, None):  # GPT-2 leaves the neurons open: four times its width
             return name
     raise CaloraError(
         f"{part} of {stack}",
@@ -217,7 +324,7 @@ def with_sizes(model: PreTrainedModel, changed: Mapping[str, Any]) -> PreTrained
     try:
         config = type(config).from_dict({**config.to_dict(), **changed})
         with torch.device("meta"):
-            empty: PreTrainedModel = type(model)(config)
+            empty: PreTrainedModel = uniform(type(model)(config))
     except Exception as error:  # transformers checks sizes by many kinds of errors
         told = str(error).strip().splitlines()[-1]
         raise CaloraError(

@@ -1,4 +1,4 @@
-"""Model families behind one narrow interface: decoder-only, encoder-decoder, and encoder classifiers.
+"""Model families behind one narrow interface: decoder-only, encoder-decoder, classifiers, and encoders without a head.
 
 A family turns examples into a batch, and a batch into (a) the last hidden states of each stack and (b) the
 logits at the positions that predict answer tokens. Nothing else of calora knows what kind of model it has.
@@ -15,10 +15,10 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from calora.errors import CaloraError
-from calora.models.tasks import Example
+from calora.models.tasks import Example, Task
 
 IGNORE = -100  # label of a position whose answer is not known (torch's cross-entropy ignores it)
 
@@ -57,6 +57,14 @@ class Family(Protocol):
 
     def forward(self, model: PreTrainedModel, batch: Batch, token_ids: Tensor | None) -> Output:
         """Run the model; the logits are its own, `token_ids` [k] limits them to those tokens."""
+
+    def answer_ids(self, model: PreTrainedModel, task: Task, tokenizer: PreTrainedTokenizerBase) -> Tensor | None:
+        """Which logits [k] stand for the answers, on the model's device; None where no single one does: they are a row's own, have
+        several tokens, or are written.
+
+        Raises:
+            CaloraError: the model cannot answer this task.
+        """
 
     def generate(
         self, model: PreTrainedModel, examples: Sequence[Example], max_new_tokens: int, end: int | None = None
@@ -201,7 +209,15 @@ def _run(model: PreTrainedModel, batch: Batch, token_ids: Tensor | None) -> tupl
     return out, stand.hidden, out.logits[0] if token_ids is None else out.logits[0][:, token_ids]
 
 
-class DecoderOnly:
+class _Language:
+    """A model that says what token comes next."""
+
+    def answer_ids(self, model: PreTrainedModel, task: Task, tokenizer: PreTrainedTokenizerBase) -> Tensor | None:
+        ids = task.answer_token_ids(tokenizer)
+        return None if ids is None else torch.tensor(ids, device=model.device)
+
+
+class DecoderOnly(_Language):
     """Llama-like models. Padding stands on the right, so causality alone hides it: no attention mask is needed."""
 
     def collate(self, examples: Sequence[Example], model: PreTrainedModel) -> Batch:
@@ -221,7 +237,7 @@ class DecoderOnly:
         return _generate(model, ids, mask, max_new_tokens, end, skip=ids.shape[1])
 
 
-class EncoderDecoder:
+class EncoderDecoder(_Language):
     """T5-like models: the prompt goes to the encoder, the answer to the decoder."""
 
     def collate(self, examples: Sequence[Example], model: PreTrainedModel) -> Batch:
@@ -244,7 +260,7 @@ class EncoderDecoder:
 
 
 class Classifier:
-    """BERT-like models with a classification head: the labels are the vocabulary."""
+    """BERT-like models with a classification head: the labels are the vocabulary, in the order of a task's answers."""
 
     def collate(self, examples: Sequence[Example], model: PreTrainedModel) -> Batch:
         ids, mask = pad([e.prompt_ids for e in examples], pad_token(model))
@@ -257,10 +273,38 @@ class Classifier:
         out = model(**batch.inputs, output_hidden_states=True)
         return Output({"encoder": out.hidden_states[-1]}, out.logits)
 
+    def answer_ids(self, model: PreTrainedModel, task: Task, tokenizer: PreTrainedTokenizerBase) -> Tensor | None:
+        labels = model.config.num_labels
+        if not task.fixed or len(task.answers) != labels:
+            found = f"{len(task.answers) or 'no'} answers" + ", a row's own" * (task.scored and not task.fixed)
+            fix = f"give it {labels} answers, in the order of the head's labels, or use another base"
+            raise CaloraError(f"task {task.name}, on a classifier", f"{labels} answers, as its head has", found, fix)
+        return torch.arange(labels, device=model.device)
+
     def generate(
         self, model: PreTrainedModel, examples: Sequence[Example], max_new_tokens: int, end: int | None = None
     ) -> list[list[int]]:
-        raise CaloraError("a classifier", "a scored task", "a generated one", "use a language model for it")
+        found, fix = f"{type(model).__name__}, which writes none", "use a language model for a generated task"
+        raise CaloraError("generate", "a model that writes text", found, fix)
+
+
+class Encoder(Classifier):
+    """BERT-like models without a head: hidden states alone, which can be compressed and distilled; nothing is answered."""
+
+    def forward(self, model: PreTrainedModel, batch: Batch, token_ids: Tensor | None) -> Output:
+        hidden = model(**batch.inputs).last_hidden_state
+        return Output({"encoder": hidden}, hidden.new_zeros(len(hidden), 0))
+
+    def answer_ids(self, model: PreTrainedModel, task: Task, tokenizer: PreTrainedTokenizerBase) -> Tensor | None:
+        if task.scored:
+            raise CaloraError(
+                f"task {task.name}, on {type(model).__name__}",
+                "a model with a head",
+                "hidden states alone",
+                f"put one on it: AutoModelForSequenceClassification.from_pretrained(folder, num_labels={len(task.answers)})"
+                ".save_pretrained(another)",
+            )
+        return torch.arange(0, device=model.device)
 
 
 def _generate(
@@ -294,7 +338,21 @@ def _cut(ids: list[int], ends: Sequence[int]) -> list[int]:
 
 
 def family_of(model: PreTrainedModel) -> Family:
-    """The family of a loaded model, told by its configuration and its head."""
-    if "SequenceClassification" in type(model).__name__:
+    """The family of a loaded model, told by its configuration and its head.
+
+    Raises:
+        CaloraError: it reads something else than text, is composed of several models, or has another head.
+    """
+    name, config = type(model).__name__, model.config
+    text = model.main_input_name == "input_ids" and not config.sub_configs
+    if text and "SequenceClassification" in name and not config.is_encoder_decoder:
         return Classifier()
-    return EncoderDecoder() if model.config.is_encoder_decoder else DecoderOnly()
+    if text and model.can_generate() and hasattr(model, "get_decoder"):
+        return EncoderDecoder() if config.is_encoder_decoder else DecoderOnly()
+    if text and model.base_model is model and not config.is_encoder_decoder:
+        return Encoder()
+    expected = "a text model with the head of a language model or of a classifier, or a bare encoder"
+    heads = "...ForCausalLM, ...ForConditionalGeneration or ...ForSequenceClassification"
+    fix = f"set `architectures` in its config.json to {heads}" if text else "use a base that is one text model"
+    found = "another head" if text else "several models, or other inputs"
+    raise CaloraError(f"model {name}", expected, found, fix)

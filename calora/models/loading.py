@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from calora.common.files import check_tensors
 from calora.errors import CaloraError
+from calora.models.uniform import uniform
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 BF16_FEATURES = ("avx512_bf16", "amx_bf16", "avx10_2", "bf16", "sve_bf16")  # of x86, and of ARM, as torch names them
@@ -68,7 +69,7 @@ def attention_of(attention: str) -> str | None:
 def load_model(
     directory: Path, dtype: torch.dtype | None = None, attention: str = "sdpa", labels: int | None = None
 ) -> PreTrainedModel:
-    """An uncompressed model from a local folder of safetensors, frozen and in eval mode.
+    """An uncompressed model from a local folder of safetensors, frozen, in eval mode, and `uniform`.
 
     Args:
         dtype: to compute in; by default that of `compute_dtype`.
@@ -91,5 +92,5 @@ def load_model(
         use_safetensors=True,
         **options,
     )
-    loaded: PreTrainedModel = model.eval().requires_grad_(False)
+    loaded: PreTrainedModel = uniform(model).eval().requires_grad_(False)
     return loaded
