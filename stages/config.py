@@ -51,6 +51,7 @@ TAKEN = (
     "teacher",
     "targets",
     "compressed",
+    "taken",
     "brought",
     "methods",
     "inherited",

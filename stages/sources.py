@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 import requests
 
 from calora.common.files import sha256
-from calora.errors import CaloraError
+from calora.errors import CaloraError, first_line
 from stages.index import Link, Pip
 
 CACHE = Path(os.environ.get("CALORA_DOWNLOADS", ".cache/downloads"))
@@ -70,12 +70,6 @@ def _not_found(package: str, version: str, digest: str, links: list[Link], unrea
     fix = f"connect to the network, check the name in params.yaml, or put the file into {CACHE}"
     found = first_line(unreached) if unreached else "no package of that name"
     return CaloraError(where, "the package index to answer with it", found, fix)
-
-
-def first_line(error: Exception) -> str:
-    """What a library's error says first, short enough for one line; its kind where it says nothing."""
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__
 
 
 def checked_member(name: str, archive: Path) -> None:
