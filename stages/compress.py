@@ -59,7 +59,10 @@ def _compress(steps: list[dict[str, dict[str, object]]], recipe: str) -> None:
     print(f"relative error of a block's output at most {max(report.blocks.values()):.3f}")
     if report.taken:
         codes = sum(layer["steps"].get("take", {}).get("taken") == "codes" for layer in report.layers.values())
-        print(f"taken from {report.taken['path']} ({report.taken['method']}, {report.taken['bytes'] / 1e6:.1f} MB): ", end="")
+        print(
+            f"taken from {report.taken['path']} ({report.taken['method']}, {report.taken['bytes'] / 1e6:.1f} MB): ",
+            end="",
+        )
         print(f"{codes} of {len(report.layers)} layers as codes, the others as plain values")
     if report.tuned:
         before, after = report.tuned["divergence"]

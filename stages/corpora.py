@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from calora.errors import CaloraError
+from calora.errors import CaloraError, first_line
 from calora.models.tasks import Task
 from stages.cells import answer_of, label_of, places_of, text_of
 from stages.config import Archive, DataSet, Files, HubData, Params, Scores
 from stages.files import Rows, own_path, read_file
-from stages.sources import fetch, first_line, read_member
+from stages.sources import fetch, read_member
 
 SPLITS = ("train", "validation", "test")
 NETWORK = {

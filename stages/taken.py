@@ -47,7 +47,9 @@ def hashes(path: Path) -> dict[str, str]:
     """
     files = [path] if path.is_file() else sorted(file for kind in READ for file in path.glob(kind))
     if not any(file.suffix in (".safetensors", ".gguf") for file in files):
-        raise CaloraError(path, "a folder with safetensors, or a GGUF file", "no weights", "name the checkpoint's folder")
+        raise CaloraError(
+            path, "a folder with safetensors, or a GGUF file", "no weights", "name the checkpoint's folder"
+        )
     return {file.as_posix(): sha256(file) for file in files}
 
 

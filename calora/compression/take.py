@@ -62,13 +62,15 @@ def check(model: PreTrainedModel, options: Options) -> None:
             found = "none" if shape is None else list(shape)
             raise CaloraError(f"{options.path}, {name}", f"the base's shape {list(tensor.shape)}", found, OTHER)
     for key, value in _settings(model.config).items():
-        found = _settings(checkpoint.empty.config).get(key)
-        if not _alike(value, found):
-            raise CaloraError(f"{options.path}, {key}", f"{value}, as the base has it", found, OTHER)
+        own = _settings(checkpoint.empty.config).get(key)
+        if not _alike(value, own):
+            raise CaloraError(f"{options.path}, {key}", f"{value}, as the base has it", own, OTHER)
     held = checkpoint.names
     for name, _ in model.named_parameters():
         if name not in held:
-            raise CaloraError(f"{options.path}, {name}", "all tensors of the base", "none of that name", "take a whole one")
+            raise CaloraError(
+                f"{options.path}, {name}", "all tensors of the base", "none of that name", "take a whole one"
+            )
     if options.embeddings != "none":
         quantize.check_tables(model, options.embeddings)
 
@@ -122,7 +124,9 @@ def _check_head(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     if name in checkpoint.names:
         own: Tensor = dense_of(checkpoint.values(name), table.weight.dtype)
         if not torch.equal(own, table.weight):
-            raise CaloraError(f"{checkpoint.path}, {name}", "the table's weights, as in the base", "a head of its own", OTHER)
+            raise CaloraError(
+                f"{checkpoint.path}, {name}", "the table's weights, as in the base", "a head of its own", OTHER
+            )
 
 
 def change(block: Block, options: Options, plan: Plan) -> Change:

@@ -160,7 +160,9 @@ class PackedLinear(nn.Linear):
     def rowwise(self) -> bool:
         """Whether it holds int8 codes with one scale a row and no zero point, as torch's kernel takes them."""
         packing = self.packing
-        return packing.format == "int8" and not packing.sparse and packing.symmetric and packing.group == self.in_features
+        return (
+            packing.format == "int8" and not packing.sparse and packing.symmetric and packing.group == self.in_features
+        )
 
     @property
     def keep(self) -> Tensor | None:

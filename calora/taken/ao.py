@@ -33,7 +33,9 @@ def check(kinds: Mapping[str, Mapping[str, Any]], where: str) -> None:
     """Raise `CaloraError` where a kind of tensor needs torchao, which is not there."""
     for kind in kinds.values():
         if kind["_type"] not in (*INTEGERS, PLAIN) and find_spec("torchao") is None:
-            raise CaloraError(where, "torchao, to unpack its tensors", f"{kind['_type']} and no such package", "pip install torchao")
+            raise CaloraError(
+                where, "torchao, to unpack its tensors", f"{kind['_type']} and no such package", "pip install torchao"
+            )
 
 
 def read(name: str, parts: Mapping[str, Tensor], kind: Mapping[str, Any], header: Mapping[str, str]) -> Values:
@@ -50,6 +52,8 @@ def read(name: str, parts: Mapping[str, Tensor], kind: Mapping[str, Any], header
         return own["qdata"].float() * own["scale"].float().repeat_interleave(rows, 0).repeat_interleave(columns, 1)
     support: Any = import_module("torchao.prototype.safetensors.safetensors_support")
     module = name.rpartition(".")[0]
-    made, _ = support.unflatten_tensor_state_dict({f"{module}.{part}": tensor for part, tensor in parts.items()}, header)
+    made, _ = support.unflatten_tensor_state_dict(
+        {f"{module}.{part}": tensor for part, tensor in parts.items()}, header
+    )
     plain: Tensor = made[name].dequantize()
     return plain.float()

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from calora.errors import CaloraError
@@ -35,5 +34,5 @@ def read(parts: Mapping[str, Tensor], settings: Mapping[str, Any], shape: tuple[
 
 def _columns(words: Tensor, out: int) -> Tensor:
     """uint8 [..., out]."""
-    numbers = from_words(words, BITS, out, 1).unflatten(1, (-1, 8))
-    return numbers[..., torch.tensor(PLACES)].flatten(1)
+    numbers: Tensor = from_words(words, BITS, out, 1).unflatten(1, (-1, 8))
+    return numbers[..., list(PLACES)].flatten(1)

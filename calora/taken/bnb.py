@@ -35,7 +35,9 @@ def read(parts: Mapping[str, Tensor], settings: Mapping[str, Any], shape: tuple[
     if "SCB" in parts:
         return OnGrid(parts["weight"], grid_of(parts["SCB"].float().unsqueeze(1) / 127, None, 8))
     functional: Any = import_module("bitsandbytes").functional
-    state = functional.QuantState.from_dict({k.removeprefix("weight."): v for k, v in parts.items() if k != "weight"}, "cpu")
+    state = functional.QuantState.from_dict(
+        {k.removeprefix("weight."): v for k, v in parts.items() if k != "weight"}, "cpu"
+    )
     if state.quant_type == "nf4" and state.blocksize == BLOCK:
         return Nf4(parts, shape)
     plain: Tensor = functional.dequantize_4bit(parts["weight"], state)

@@ -141,7 +141,9 @@ class Folder(Checkpoint):
             values: Values = METHODS[self.method].read(held, self.settings, (out, width))
         except (KeyError, RuntimeError, StopIteration, ValueError) as error:
             found = f"{', '.join(f'{k} {list(v.shape)}' for k, v in held.items())} ({type(error).__name__}: {error})"
-            raise CaloraError(f"{self.path}, {module}", f"{self.method}'s layout of [{out}, {width}]", found, FIX) from None
+            raise CaloraError(
+                f"{self.path}, {module}", f"{self.method}'s layout of [{out}, {width}]", found, FIX
+            ) from None
         return values
 
     def bytes_of(self, name: str) -> int:

@@ -58,7 +58,8 @@ def read(parts: Mapping[str, Tensor], settings: Mapping[str, Any], shape: tuple[
 def _numbers(words: Tensor, bits: int, count: int) -> Tensor:
     """uint8 [n, count] of int32 words [n, ...]: as many whole numbers as a word holds, the first in the lowest bits."""
     shifts = torch.arange(32 // bits, dtype=torch.int32) * bits
-    return ((words.unsqueeze(-1) >> shifts) & (2**bits - 1)).to(torch.uint8).flatten(-2)[:, :count].contiguous()
+    numbers: Tensor = ((words.unsqueeze(-1) >> shifts) & (2**bits - 1)).to(torch.uint8).flatten(-2)
+    return numbers[:, :count].contiguous()
 
 
 def _blocks(weight: Tensor, scale: Tensor) -> Tensor:

@@ -42,7 +42,9 @@ class Gguf(Checkpoint):
             self.architecture = str(_legacy().read_field(reader, "general.architecture")[0])
         except Exception as error:  # both raise many kinds for "no GGUF file" and "a kind of model that is not known"
             found = first_line(error)
-            raise CaloraError(path, "a GGUF file of a model that transformers knows", found, "name another file") from None
+            raise CaloraError(
+                path, "a GGUF file of a model that transformers knows", found, "name another file"
+            ) from None
         if not config.architectures:
             mapping: Any = import_module("transformers").MODEL_FOR_CAUSAL_LM_MAPPING
             config.architectures = [mapping[type(config)].__name__]
@@ -84,7 +86,9 @@ class Gguf(Checkpoint):
 
     def bytes_of(self, name: str) -> int:
         """Bytes that a parameter takes in it."""
-        return sum(int(self.blocks[key].n_bytes) for key, own in self.stored.items() if own == name and key in self.blocks)
+        return sum(
+            int(self.blocks[key].n_bytes) for key, own in self.stored.items() if own == name and key in self.blocks
+        )
 
 
 def _gguf() -> Any:

@@ -76,12 +76,14 @@ def from_words(words: Tensor, bits: int, count: int, dim: int) -> Tensor:
         whole = stream.shape[-1] // bits * bits
         places = torch.arange(bits, dtype=torch.uint8)
         numbers = (stream[..., :whole].unflatten(-1, (-1, bits)) << places).sum(-1, dtype=torch.uint8)
-    return numbers[..., :count].movedim(-1, dim)
+    found: Tensor = numbers[..., :count].movedim(-1, dim)
+    return found
 
 
 def signed(numbers: Tensor, bits: int) -> Tensor:
     """uint8 numbers of `bits` bits about their middle, int8: 8 of 4 bits is 0."""
-    return (numbers.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
+    codes: Tensor = (numbers.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
+    return codes
 
 
 def grid_of(scale: Tensor, zero: Tensor | None, bits: int) -> Grid:
