@@ -58,12 +58,9 @@ def _compress(steps: list[dict[str, dict[str, object]]], recipe: str) -> None:
     print(", ".join(f"{what} {seconds:.0f} s" for what, seconds in report.seconds.items()))
     print(f"relative error of a block's output at most {max(report.blocks.values()):.3f}")
     if report.taken:
-        codes = sum(layer["steps"].get("take", {}).get("taken") == "codes" for layer in report.layers.values())
-        print(
-            f"taken from {report.taken['path']} ({report.taken['method']}, {report.taken['bytes'] / 1e6:.1f} MB): ",
-            end="",
-        )
-        print(f"{codes} of {len(report.layers)} layers as codes, the others as plain values")
+        how = [layer["steps"]["take"]["taken"] for layer in report.layers.values() if "take" in layer["steps"]]
+        whose = f"{report.taken['path']} ({report.taken['method']}, {report.taken['bytes'] / 1e6:.1f} MB)"
+        print(f"taken from {whose}: {how.count('codes')} of {len(how)} layers as codes, the others as plain values")
     if report.tuned:
         before, after = report.tuned["divergence"]
         print(f"divergence from the base before the recovery was tuned {before:.3f}, after {after:.3f}")

@@ -111,6 +111,21 @@ def test_what_a_checkpoint_holds_is_taken_to_the_bit(layout, here, tmp_path, toy
     torch.testing.assert_close(logits(packed), logits(whole), rtol=0, atol=4e-2)
 
 
+def test_act_order_goes_back_to_its_stored_form(here, tmp_path, toy):
+    """From the layout of torch's int4 kernel, as when a model moves to another device."""
+    values = foreign.write(here, tmp_path / "theirs", part(foreign.gptq, symmetric=False, ordered=True), GPTQ)
+    report, model = taken_from(here, tmp_path / "theirs", toy[2])
+    save(model, report, tmp_path / "out", here)
+    layer = calora.load(tmp_path / "out", dtype=torch.bfloat16).get_submodule(UP)
+    assert layer.kernel
+    layer.unprepare()
+    assert not layer.kernel
+    want = values[f"{UP}.weight"]
+    torch.testing.assert_close(
+        layer.dense_weight(torch.float32), want, rtol=0, atol=0.02 * float(want.abs().max())
+    )  # bf16
+
+
 def test_nf4_keeps_its_codes_and_fp4_its_values(here, tmp_path, toy):
     for kind in ("nf4", "fp4"):
 
@@ -215,9 +230,17 @@ def test_only_a_recovery_fitted_afterwards_may_follow(here, tmp_path, toy):
             compress(load_model(here, torch.bfloat16), recipe, Calibration(toy[2]))
 
 
-def test_the_table_may_be_quantised_too(here, tmp_path, toy):
-    foreign.write(here, tmp_path / "theirs", foreign.gptq, GPTQ)
-    report, _ = taken_from(here, tmp_path / "theirs", toy[2], embeddings="int8")
+def test_the_table_of_one_in_shards_may_be_quantised_too(here, tmp_path, toy):
+    folder = tmp_path / "theirs"
+    foreign.write(here, folder, foreign.gptq, GPTQ)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    shards = {name: f"model-{at % 2 + 1}-of-2.safetensors" for at, name in enumerate(sorted(tensors))}
+    for file in set(shards.values()):
+        save_file({name: tensors[name] for name in tensors if shards[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    report, _ = taken_from(here, folder, toy[2], embeddings="int8")
+    assert report.taken["bytes"] == sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     assert report.layers["model.embed_tokens"]["format"] == report.layers["lm_head"]["format"] == "int8"
 
 
