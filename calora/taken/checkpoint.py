@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from calora.common.files import check_tensors, read_json
-from calora.errors import CaloraError
+from calora.errors import CaloraError, first_line
 from calora.models.loading import model_class
 from calora.taken import ao, awq, bnb, compressed, gptq
 from calora.taken.values import Values
@@ -84,7 +83,10 @@ class Folder(Checkpoint):
             known = ", ".join(METHODS)
             raise CaloraError(where, f"a quant_method among {known} (or a GGUF file)", self.method, FIX)
         self.files, self.tensors, self.header = _tensors(path)
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        try:
+            config = AutoConfig.from_pretrained(path, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise CaloraError(path / "config.json", "a model that transformers knows", first_line(error), FIX) from None
         self.empty = empty_model(config, path)
         self.kinds = ao.kinds_of(self.header) if self.method == "torchao" else {}
         METHODS[self.method].check(self.kinds if self.method == "torchao" else self.settings, where)
@@ -94,7 +96,9 @@ class Folder(Checkpoint):
     def is_quantised(path: Path) -> bool:
         """Whether a folder's config.json has a `quantization_config`."""
         config = path / "config.json"
-        return config.exists() and bool(json.loads(config.read_text(encoding="utf-8")).get("quantization_config"))
+        return config.exists() and bool(
+            read_json(config, "name a folder that holds a model").get("quantization_config")
+        )
 
     def _parts(self) -> dict[str, dict[str, str]]:
         """Module -> last part of a tensor's name -> the name of that tensor."""

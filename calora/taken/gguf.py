@@ -63,7 +63,12 @@ class Gguf(Checkpoint):
         if self._model is None:
             cls: Any = model_class(self.config, self.path)
             options = {"dtype": torch.bfloat16, "local_files_only": True}
-            self._model = cls.from_pretrained(self.path.parent, gguf_file=self.path.name, **options)
+            try:
+                self._model = cls.from_pretrained(self.path.parent, gguf_file=self.path.name, **options)
+            except Exception as error:  # of many kinds: blocks that gguf cannot unpack, names that are not known
+                expected = "tensors that transformers and gguf unpack"
+                raise CaloraError(self.path, expected, first_line(error), "name another file") from None
+        assert self._model is not None
         return self._model
 
     def values(self, name: str) -> Values:
