@@ -14,7 +14,6 @@ from calora.errors import CaloraError
 from calora.layers.nf4 import THEIRS
 from calora.taken.values import Nf4, OnGrid, Values, grid_of
 
-MARK = ""  # one of two, by kind
 FP4 = THEIRS.replace("nf4", "fp4")
 STATISTICS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", THEIRS, FP4)
 PARTS = ("weight", "SCB", "weight_format", *(f"weight.{name}" for name in STATISTICS))
