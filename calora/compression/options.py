@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from calora.errors import CaloraError
 
 T = TypeVar("T")
@@ -54,8 +56,12 @@ class Plan:
         values: layer or block -> the step's own.
         layers_kept: stack -> the layers that remain, where the step cut some.
         sizes: entries that the configuration of the result needs.
+        kept: `Change.kept`, of layers that are not in the shape or coordinates of the original from the start.
+        taken: what the report says of a checkpoint that was taken.
     """
 
     values: Mapping[str, Any] = field(default_factory=dict)
     layers_kept: Mapping[str, list[int]] = field(default_factory=dict)
     sizes: Mapping[str, Any] = field(default_factory=dict)
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
+    taken: Mapping[str, Any] = field(default_factory=dict)

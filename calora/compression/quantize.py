@@ -139,10 +139,11 @@ def check(model: PreTrainedModel, options: Options) -> None:
                 FIX,
             )
     if options.embeddings != "none":
-        _check_tables(model, options.embeddings)
+        check_tables(model, options.embeddings)
 
 
-def _check_tables(model: PreTrainedModel, format: str) -> None:
+def check_tables(model: PreTrainedModel, format: str) -> None:
+    """Raise `CaloraError` if an embedding table cannot be stored in this format."""
     for name, table in _tables(model).items():
         if type(table) is not nn.Embedding and factor_of(table) is None:
             expected, fix = "plain vectors, or such times embed_scale", "set it to none for this base"
@@ -178,7 +179,12 @@ def change(block: Block, options: Options, plan: Plan) -> Change:
 
 def finish(model: PreTrainedModel, options: Options, _: Plan) -> list[str]:
     """Quantise the embeddings if asked; the names of the new modules."""
-    made = {} if options.embeddings == "none" else _embeddings(model, options.embeddings)
+    return quantise_tables(model, options.embeddings)
+
+
+def quantise_tables(model: PreTrainedModel, format: str) -> list[str]:
+    """Quantise the embeddings to `int8`, `int4` or `none`; the names of the new modules."""
+    made = {} if format == "none" else _embeddings(model, format)
     for name, module in made.items():
         model.set_submodule(name, module)
     return list(made)

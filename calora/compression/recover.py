@@ -29,7 +29,7 @@ from calora.recovery.shared import FORMATS, Factors, SharedRecovery, attach_shar
 from calora.recovery.warmstart import best_linear_correction, weighted_size
 
 FITS = ("after", "alternate", "preserve")
-JOINT = ("prune", "quantize")  # the steps that it is fitted together with
+JOINT = ("prune", "quantize", "take")  # the steps that it is fitted together with
 Notes = dict[str, dict[str, dict[str, Any]]]  # full name of a layer -> step -> what it says
 
 

@@ -261,6 +261,8 @@ def weighted_error(
     weight, columns = origin.slice_rows(key, whole.weight.detach().float()), origin.columns(key)
     if columns is not None:
         weight, moment = compensated(weight, moment, columns), moment[columns][:, columns]
+    elif (scale := origin.input_scale(key)) is not None:
+        weight, moment = weight * scale, moment / scale / scale.unsqueeze(1)
     return moment, weight, weight - dense_weight(layer, torch.float32)
 
 

@@ -39,7 +39,7 @@ class Packing:
     Args:
         format: `native` (the dtype of the base), `int8`, `int4`, `int3` or `int2`.
         sparse: only the kept values are stored, with one bit a weight that says which they are.
-        group: inputs that share a scale; the whole row for int8.
+        group: inputs that share a scale; the whole row for int8, but for codes that were taken from elsewhere.
         symmetric: whether the grid is symmetric about 0.
         outliers: number of input columns kept in the dtype of the base (LLM.int8, arXiv 2208.07339).
     """
@@ -104,6 +104,25 @@ class PackedLinear(nn.Linear):
             tensors |= packed_tensors(codes if keep is None else codes[keep], grid, packing)
         return made.restore(tensors)
 
+    @classmethod
+    def on_grid(
+        cls, codes: Tensor, grid: Grid, bias: Tensor | None, dtype: torch.dtype, order: Tensor | None = None
+    ) -> PackedLinear:
+        """A layer of codes that others made, as they are.
+
+        Args:
+            codes: int8 [out, in].
+            dtype: of what is not quantised; scales keep their own.
+            order: the input that each column is of, where it is not that of its place.
+        """
+        out, width = codes.shape
+        format = next(name for name, bits in BITS.items() if bits == grid.bits)
+        packing = Packing(format, group=width // grid.scale.shape[1], symmetric=grid.zero is None)
+        tensors = packed_tensors(codes, grid, packing)
+        tensors |= {} if bias is None else {"bias": bias.to(dtype)}
+        tensors |= {} if order is None else {"column_order": order.int()}
+        return cls(width, out, packing, dtype).restore(tensors)
+
     def restore(self, tensors: Mapping[str, Tensor]) -> PackedLinear:
         """Take stored tensors; the inverse of `tensors()`."""
         for name, tensor in tensors.items():
@@ -119,7 +138,8 @@ class PackedLinear(nn.Linear):
 
     def describe(self) -> dict[str, Any]:
         """What is needed, besides its tensors, to make the layer again."""
-        return {"in": self.in_features, "out": self.out_features, **asdict(self.packing)}
+        ordered = {} if self.order is None else {"ordered": True}
+        return {"in": self.in_features, "out": self.out_features, **asdict(self.packing), **ordered}
 
     @property
     def qweight(self) -> Tensor:
@@ -132,6 +152,19 @@ class PackedLinear(nn.Linear):
         return (self.kernel[0] if self.kernel else self.get_buffer("weight_packed")).view(torch.int8)
 
     @property
+    def order(self) -> Tensor | None:
+        """The input that each stored column is of, int32 [in], where groups are not of neighbours (GPTQ's act-order)."""
+        return self._buffers.get("column_order")
+
+    @property
+    def rowwise(self) -> bool:
+        """Whether it holds int8 codes with one scale a row and no zero point, as torch's kernel takes them."""
+        packing = self.packing
+        return (
+            packing.format == "int8" and not packing.sparse and packing.symmetric and packing.group == self.in_features
+        )
+
+    @property
     def keep(self) -> Tensor | None:
         """The pattern, bool [out, in], of a sparse layer."""
         return unpack_mask(self.get_buffer("mask"), self.in_features) if self.packing.sparse else None
@@ -140,7 +173,7 @@ class PackedLinear(nn.Linear):
     def grid(self) -> Grid:
         """The grid of a quantised layer."""
         zero, bits = getattr(self, "weight_zero_point", None), BITS[self.packing.format]
-        if zero is not None:
+        if zero is not None and bits < 8:
             zero = unpack(zero.T, self.out_features, bits).T
         return Grid(self.get_buffer("weight_scale"), zero, bits)
 
@@ -169,6 +202,11 @@ class PackedLinear(nn.Linear):
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         """W [out, in] in `dtype`: the dense view of the same values."""
+        weight, order = self._columns(dtype), self.order
+        return weight if order is None else torch.empty_like(weight).index_copy_(1, order.long(), weight)
+
+    def _columns(self, dtype: torch.dtype) -> Tensor:
+        """W [out, in], its columns in the order in which they are stored."""
         if self.kernel and self.weight is None:  # torch's own layout: its product with the identity is W^T, exactly
             eye = torch.eye(self.in_features, dtype=self.dtype)
             return self._int4(eye).T.contiguous().to(dtype)
@@ -235,7 +273,7 @@ class PackedLinear(nn.Linear):
         fill_kernel(scales, grid)
         self.kernel, self.packing = room, replace(self.packing, format="int4", symmetric=grid.zero is None)
         if self.weight is None:
-            for name in list(self._buffers):
+            for name in set(self._buffers) - {"column_order"}:
                 delattr(self, name)
 
     def _codes_of_4_bits(self) -> tuple[Tensor, Grid]:
@@ -252,7 +290,7 @@ class PackedLinear(nn.Linear):
         if self.weight is not None:  # a head still has its stored form
             self.kernel = ()
             return
-        weight, grid = self.dense_weight(torch.float32), self._kernel_grid()
+        weight, grid = self._columns(torch.float32), self._kernel_grid()
         self.kernel, self.packing = (), replace(self.packing, sparse=False)
         self.restore(packed_tensors(grid.encode(weight), grid, self.packing))
 
@@ -265,8 +303,8 @@ class PackedLinear(nn.Linear):
 
     @property
     def scale_groups(self) -> int:
-        """Scales of each output; 0 where the weight is on no grid."""
-        if self.packing.format == "native":
+        """Scales of each output; 0 where the weight is on no grid, or its groups are not of neighbours."""
+        if self.packing.format == "native" or self.order is not None:
             return 0
         return len(self.kernel[1]) if self.kernel else self.get_buffer("weight_scale").shape[1]
 
@@ -310,10 +348,12 @@ class PackedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], computed in the dtype of `x`."""
+        if self.kernel and x.dtype == torch.bfloat16 and self.order is not None:
+            x = x[..., self.order.long()]
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.kernel and x.dtype == torch.bfloat16:
             out = self._int4(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
-        elif self.packing.format == "int8" and not self.packing.sparse:
+        elif self.rowwise:
             out = self._int8(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
         elif self.weight is not None and self.packing.format == "int4":
             pieces = torch.arange(self.out_features, device=x.device).split(MANY_OUTPUTS)
@@ -370,7 +410,8 @@ def packed_tensors(codes: Tensor, grid: Grid, packing: Packing) -> dict[str, Ten
     """How codes, int8 [out, in] or those of the kept weights [n], and their grid are stored."""
     tensors = {"weight_scale": grid.scale}
     if grid.zero is not None:
-        tensors["weight_zero_point"] = pack(grid.zero.T.contiguous(), grid.bits).T.contiguous()
+        few = grid.bits < 8
+        tensors["weight_zero_point"] = pack(grid.zero.T.contiguous(), grid.bits).T.contiguous() if few else grid.zero
     if grid.bits == 8:
         return tensors | {"weight": codes}
     if packing.sparse:

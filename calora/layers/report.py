@@ -24,7 +24,9 @@ class Report:
         blocks: block -> relative error of its output after all steps, on the inputs that the blocks before it give.
         untouched: tensor that was left as it was -> bytes.
         layers_kept: stack -> the original's layers that remain, where some were cut.
-        kept: `<layer>.rows` / `<layer>.columns` -> what remains of the original's outputs and inputs, in their new order.
+        kept: `<layer>.rows` / `<layer>.columns` -> what remains of the original's outputs and inputs, in their new order;
+            `<layer>.output_scale` / `<layer>.input_scale` -> the factors by which they were scaled (`adapters.origin`).
+        taken: of a checkpoint that was taken: where it was, who made it, its bytes, and how much of it is codes; else empty.
         seconds: step -> time; `walk`: passes through the blocks between steps; `all`.
         versions: library -> its version.
     """
@@ -39,10 +41,12 @@ class Report:
     kept: dict[str, Tensor]
     seconds: dict[str, float]
     versions: dict[str, str] = field(default_factory=versions)
+    taken: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """What compression.json holds of it: all but tensors, and times, which differ from run to run."""
-        return {name: value for name, value in vars(self).items() if name not in ("kept", "seconds")}
+        left = {"kept", "seconds"} | (set() if self.taken else {"taken"})
+        return {name: value for name, value in vars(self).items() if name not in left}
 
     def continues(self, earlier: Report | None) -> Report:
         """This report, of a model that `earlier` had compressed before, about both together."""
@@ -69,5 +73,6 @@ class Report:
             },
             layers_kept={**earlier.layers_kept, **self.layers_kept},
             kept=kept,
+            taken={**earlier.taken, **self.taken},
             seconds={what: earlier.seconds.get(what, 0.0) + self.seconds.get(what, 0.0) for what in times},
         )

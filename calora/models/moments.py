@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from calora.common.batching import equal_length_batches, length_batches
@@ -83,7 +84,45 @@ def read_together(model: PreTrainedModel) -> list[list[str]]:
 
         return hook
 
-    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
+    _two_tokens(model, [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()])
+    groups: dict[int, list[str]] = {}
+    for name, layer in layers.items():
+        groups.setdefault(read.get(name, id(layer)), []).append(name)
+    return list(groups.values())
+
+
+def norms_of(model: PreTrainedModel) -> dict[str, list[str]]:
+    """Each module with a vector of weights (a norm) whose output linear layers of the blocks read -> those layers, by name."""
+    layers = linear_layers(model)
+    kept: list[Tensor] = []
+    made: dict[int, str] = {}  # id of an output -> the norm that it is of
+    found: dict[str, list[str]] = {}
+
+    def gives(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(_: nn.Module, __: tuple[Tensor, ...], out: Tensor) -> None:
+            if isinstance(out, Tensor):
+                kept.append(out)
+                made[id(out)] = name
+
+        return hook
+
+    def reads(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, args: found.setdefault(made.get(id(args[0]), ""), []).append(name)
+
+    norms = {
+        name: module
+        for name, module in model.named_modules()
+        if getattr(getattr(module, "weight", None), "ndim", 0) == 1
+    }
+    handles = [module.register_forward_hook(gives(name)) for name, module in norms.items()]
+    handles += [layer.register_forward_pre_hook(reads(name)) for name, layer in layers.items()]
+    _two_tokens(model, handles)
+    found.pop("", None)
+    return found
+
+
+def _two_tokens(model: PreTrainedModel, handles: Sequence[RemovableHandle]) -> None:
+    """Run two tokens through the model, for hooks to see; they are removed."""
     try:
         with torch.no_grad():
             family = family_of(model)
@@ -91,10 +130,6 @@ def read_together(model: PreTrainedModel) -> list[list[str]]:
     finally:
         for handle in handles:
             handle.remove()
-    groups: dict[int, list[str]] = {}
-    for name, layer in layers.items():
-        groups.setdefault(read.get(name, id(layer)), []).append(name)
-    return list(groups.values())
 
 
 def _accumulate(
