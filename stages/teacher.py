@@ -51,9 +51,9 @@ def main(params: Params, name: str) -> None:
 
 def train_teacher(params: Params, task: Task, model: Any) -> Checkpoint:
     """A LoRA trained on the labelled texts; the best one on validation."""
-    own = params.teacher
-    check_targets(model, own.targets, own.rank)
-    config = as_peft_has_it(lora_config(own.rank, own.lora_alpha, named(model, own.targets)), model)
+    check_targets(model, params.teacher.targets, params.teacher.rank)
+    names = named(model, params.teacher.targets)
+    config = as_peft_has_it(lora_config(params.teacher.rank, params.teacher.lora_alpha, names), model)
     return train_lora(params, task, model, load_tokenizer(BASE), config, teacher(task.name), BASE)
 
 

@@ -115,7 +115,7 @@ The prompt goes to the encoder, the answer to the decoder. Compression is calibr
 hold the last hidden states of both stacks; `alpha_encoder` and `alpha` in a method's loss weigh them (the paper's for T5: 0.005 and 0.05). The paper's LoRA is `targets: [query, key]`.
 
 transformers casts what the last layer of T5's feed-forward reads to the dtype of that layer's weight. Where kept values or nf4 codes are stored as bf16 and the model computes in fp32, that rounded the activations
-(relative error of the logits up to 1e-2); calora's T5 computes in the dtype of its input, packed as dense.
+(a relative error of 1e-3 in the logits of the tests' random T5); calora's T5 computes in the dtype of its input, packed as dense.
 
 ## GPT-2
 
@@ -130,6 +130,7 @@ stays so, the LoRA learns to feed it:
 
 ```python
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
 AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2).save_pretrained("own/classifier")
 AutoTokenizer.from_pretrained(folder).save_pretrained("own/classifier")
 ```
