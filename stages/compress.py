@@ -10,10 +10,12 @@ import shutil
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 import calora
 from calora.common.files import bytes_on_disk, fingerprint, write_json
-from calora.compression import check_recipe, compress, fingerprint_of
+from calora.compression import Recipe, check_recipe, compress, fingerprint_of, needs_whole
+from calora.compression.streamed import open_streamed
 from calora.compression.walk import Calibration
 from calora.errors import CaloraError
 from calora.models.loading import compute_dtype, load_model, load_tokenizer
@@ -46,7 +48,7 @@ def _compress(steps: list[dict[str, dict[str, object]]], recipe: str) -> None:
     parts = (steps, fingerprint(BASE), fingerprint_of(examples), code_digest(), compute_dtype())
     unfinished = CHECKPOINTS / compressed(recipe)
     key = hashlib.sha256(repr(parts).encode()).hexdigest()
-    model = load_model(BASE, torch.bfloat16)
+    model = _opened(steps, recipe)
     report = compress(model, steps, Calibration(examples, unfinished / key, tuning), compute_dtype())
     save(model, report, compressed(recipe), BASE)
     write_json(results("compress", f"{recipe}.json"), {"seconds": report.seconds})
@@ -58,6 +60,18 @@ def _compress(steps: list[dict[str, dict[str, object]]], recipe: str) -> None:
     if report.tuned:
         before, after = report.tuned["divergence"]
         print(f"divergence from the base before the recovery was tuned {before:.3f}, after {after:.3f}")
+
+
+def _opened(steps: Recipe, recipe: str) -> PreTrainedModel:
+    """The base, its blocks read one after another, or in memory as a whole where the recipe or the base needs it."""
+    try:
+        if reason := needs_whole(check_recipe(steps)):
+            print(f"{recipe}: the whole base is in memory, for {reason}")
+            return load_model(BASE, torch.bfloat16)
+        return open_streamed(BASE, torch.bfloat16)
+    except CaloraError as error:
+        print(f"{recipe}: the whole base is in memory: {error}")
+    return load_model(BASE, torch.bfloat16)
 
 
 def code_digest() -> str:

@@ -185,6 +185,13 @@ def finish(model: PreTrainedModel, _: Options, plan: Plan) -> list[str]:
     return []
 
 
+def needs_whole(options: Options) -> str:
+    """What of these options looks at the model as a whole: gradients, or the output of every block before one is cut."""
+    if options.importance == "taylor":
+        return "shrink.importance: taylor"
+    return "shrink.layers" if options.layers else ""
+
+
 def _spread(groups: Tensor, width: int) -> Tensor:
     """Indices of all places of the groups, each `width` wide."""
     return (groups.unsqueeze(1) * width + torch.arange(width, device=groups.device)).flatten()
