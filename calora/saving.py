@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from calora.common.files import fingerprint, whole_directory, write_json
 from calora.common.tensors import each_once, write_pieces, write_tensors
-from calora.compression.streamed import blocks_of
 from calora.errors import CaloraError
 from calora.formats import quantization_config, stored_as
 from calora.layers.experts import ExpertLinear, Experts
@@ -20,6 +19,7 @@ from calora.layers.nf4 import Nf4Linear
 from calora.layers.packed import PackedEmbedding, PackedLinear
 from calora.layers.report import Report
 from calora.models.anatomy import sizes
+from calora.models.blocks import blocks_of
 
 REPORT = "compression.json"
 WEIGHTS, KEPT = "model.safetensors", "kept.safetensors"

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 import calora
 from calora.common.files import bytes_on_disk, fingerprint, write_json
+from calora.common.parallel import device, place
 from calora.compression import Recipe, check_recipe, compress, fingerprint_of, needs_whole
 from calora.compression.streamed import open_streamed
 from calora.compression.walk import Calibration
@@ -64,14 +65,16 @@ def _compress(steps: list[dict[str, dict[str, object]]], recipe: str) -> None:
 
 def _opened(steps: Recipe, recipe: str) -> PreTrainedModel:
     """The base, its blocks read one after another, or in memory as a whole where the recipe or the base needs it."""
+    reason = needs_whole(check_recipe(steps))
     try:
-        if reason := needs_whole(check_recipe(steps)):
-            print(f"{recipe}: the whole base is in memory, for {reason}")
-            return load_model(BASE, torch.bfloat16)
-        return open_streamed(BASE, torch.bfloat16)
+        if not reason:
+            return open_streamed(BASE, torch.bfloat16, device())
     except CaloraError as error:
-        print(f"{recipe}: the whole base is in memory: {error}")
-    return load_model(BASE, torch.bfloat16)
+        reason = str(error)
+    print(f"{recipe}: the whole base is in memory: {reason}")
+    model = load_model(BASE, torch.bfloat16)
+    place(model)
+    return model
 
 
 def code_digest() -> str:

@@ -72,7 +72,7 @@ def write_pieces(path: Path, whole: Mapping[str, Tensor], pieces: Iterable[Mappi
             for piece in pieces:
                 for name in piece.keys() & starts.keys():
                     file.seek(len(header) + starts.pop(name))
-                    file.write(piece[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+                    file.write(piece[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
             assert not starts, f"no values for {', '.join(starts)}"
         os.replace(scratch, path)
     finally:

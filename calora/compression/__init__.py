@@ -18,13 +18,14 @@ from transformers import PreTrainedModel
 from calora.common.tensors import same_memory
 from calora.compression import moefy, prune, quantize, recover, shrink, tune
 from calora.compression.options import FIX, Plan, parse
-from calora.compression.streamed import Streamed, blocks_of
+from calora.compression.streamed import Streamed
 from calora.compression.walk import Calibration, Change, Part, Walked, check_finite, each_block
 from calora.errors import CaloraError
 from calora.layers.layout import store
 from calora.layers.precision import computing_in
 from calora.layers.report import Report
 from calora.models.anatomy import check_known
+from calora.models.blocks import blocks_of
 from calora.models.loading import compute_dtype
 from calora.models.tasks import Example
 

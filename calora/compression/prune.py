@@ -11,12 +11,12 @@ from transformers import PreTrainedModel
 
 from calora.compression.options import FIX, Plan, one_of, share
 from calora.compression.sparsegpt import Choose, sparsegpt
-from calora.compression.streamed import blocks_of
 from calora.compression.surgeon import COLUMNS
 from calora.compression.walk import Block, Change
 from calora.errors import CaloraError
 from calora.layers.packed import PackedLinear, Packing
 from calora.models.anatomy import linear_layers, stacks
+from calora.models.blocks import blocks_of
 from calora.models.moments import input_square_sums
 from calora.models.tasks import Example
 

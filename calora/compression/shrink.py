@@ -253,11 +253,11 @@ def block_influence(model: PreTrainedModel, examples: Sequence[Example], importa
                 step = (after - before).detach().float()
 
                 def see(grad: Tensor) -> None:
-                    sums[name][index] += (step * grad.float()).sum()
+                    sums[name][index] += (step * grad.float()).sum().cpu()
 
                 after.register_hook(see)
             else:
-                sums[name][index] += (1 - F.cosine_similarity(before.float(), after.float(), dim=-1)).sum()
+                sums[name][index] += (1 - F.cosine_similarity(before.float(), after.float(), dim=-1)).sum().cpu()
 
         return hook
 

@@ -23,34 +23,11 @@ from calora.compression.finished import take
 from calora.errors import CaloraError
 from calora.layers.precision import dense_tensors
 from calora.models.anatomy import stacks
+from calora.models.blocks import Blocks
 from calora.models.loading import attention_of, model_class
 
 GENERATION = "generation_config.json"
 FIX = "open it with `load_model`, where memory holds it; or save it anew with the transformers that is installed"
-
-
-class Blocks:
-    """The blocks of a model, all of them in memory."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-
-    @contextmanager
-    def present(self, name: str) -> Iterator[None]:
-        """The block called `name` is in memory meanwhile."""
-        yield
-
-    @contextmanager
-    def passing(self) -> Iterator[None]:
-        """The model can be run meanwhile, without gradients."""
-        yield
-
-    def finish(self, name: str, path: Path | None) -> None:
-        """The block called `name` is as it will be, and `path` holds what is new in it."""
-
-    def states(self) -> Iterator[dict[str, Tensor]]:
-        """The model's tensors by name, in pieces that are in memory one at a time."""
-        yield self.model.state_dict()
 
 
 class Streamed(Blocks):
@@ -132,12 +109,6 @@ class Streamed(Blocks):
         for name in self.names:
             with self.present(name):
                 yield self.model.get_submodule(name).state_dict(prefix=f"{name}.")
-
-
-def blocks_of(model: PreTrainedModel) -> Blocks:
-    """Where the blocks of a model come from."""
-    found: Blocks | None = getattr(model, "calora_blocks", None)
-    return found or Blocks(model)
 
 
 def open_streamed(directory: Path, dtype: torch.dtype, device: str | torch.device = "cpu") -> PreTrainedModel:

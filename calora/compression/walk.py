@@ -22,10 +22,10 @@ from transformers import PreTrainedModel
 from calora.common.batching import equal_length_batches, length_batches
 from calora.common.progress import progress
 from calora.compression.finished import keep, take
-from calora.compression.streamed import blocks_of
 from calora.errors import CaloraError
 from calora.layers.layout import dense_weight
 from calora.models.anatomy import block_layers, stacks
+from calora.models.blocks import blocks_of
 from calora.models.families import family_of
 from calora.models.moments import as_read
 from calora.models.tasks import Example
@@ -214,7 +214,7 @@ class Block:
                     x = x.float()
                     most = x.abs().amax(0)  # [in]
                     self._largest[name] = torch.maximum(self._largest[name], most) if name in sums else most
-                    sums[name] = torch.addmm(sums[name], x.T, x) if name in sums else x.T @ x  # [in, in]
+                    sums[name] = sums[name].addmm_(x.T, x) if name in sums else x.T @ x  # [in, in]
 
                 return see
 

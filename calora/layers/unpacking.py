@@ -45,7 +45,8 @@ class UnpackingLinear(nn.Linear):
     @property
     def qweight(self) -> Tensor:
         """What stands for the weight where PEFT looks for the device and the dtype of a LoRA, and T5 for that to compute in."""
-        return next(iter(self.packed[0].state_dict().values())).new_empty(0, dtype=self.dtype)
+        some: Tensor = next(iter(self.packed[0].state_dict().values()))
+        return some.new_empty(0, dtype=self.dtype)
 
     @property
     def scale_groups(self) -> int:
@@ -74,8 +75,9 @@ class UnpackingLinear(nn.Linear):
     def in_pieces(self) -> bool:
         """Whether W is read some rows at a time."""
         (layer,) = self.packed
-        readable = isinstance(layer, PackedLinear) and layer.weight is not None and not layer.packing.sparse
-        return self.out_features > ROWS and readable and not layer.packing.outliers and not layer._modules  # type: ignore[union-attr]
+        if not isinstance(layer, PackedLinear) or layer.packing.sparse or layer.packing.outliers:
+            return False
+        return self.out_features > ROWS and isinstance(layer.weight, nn.Parameter) and not layer._modules
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], computed in the dtype of `x`."""
@@ -92,9 +94,7 @@ class UnpackingLinear(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UnpackingLinear:
         """Move, or change the dtype."""
-        self.packed[0]._apply(fn, recurse)
-        if self.ratio is not None:
-            self.ratio = (fn(self.ratio[0]),)
+        self.packed[0]._apply(fn, recurse)  # the ratio is a parameter of `TaskScales`, which moves it
         moved: UnpackingLinear = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return moved
 
@@ -116,7 +116,7 @@ class _Product(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]  # torch: any number
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         """dL/dx = dL/dy W."""
         layer, ids = ctx.layer, ctx.ids
         weight = layer.dense(grad.dtype).weight if ids is None else layer.rows(ids, grad.dtype)
@@ -136,7 +136,7 @@ class _Rescaled(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]  # torch: any number
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Those of the dense view."""
         x, ratio = (tensor.detach().requires_grad_() for tensor in ctx.saved_tensors)
         with torch.enable_grad():
