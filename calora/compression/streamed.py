@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from calora.common.files import check_tensors
+from calora.common.memory import give_back
 from calora.common.tensors import same_memory, stored_tensors
 from calora.compression.finished import take
 from calora.errors import CaloraError
@@ -80,6 +81,7 @@ class Streamed(Blocks):
             yield
         finally:
             empty(self.model.get_submodule(name))
+            give_back()
 
     @contextmanager
     def passing(self) -> Iterator[None]:
