@@ -195,11 +195,11 @@ def parity(root: Path) -> list[tuple[str, float, float]]:
     ids = torch.tensor([example.prompt_ids for example in calibration])
     for name, recipe in RECIPES.items():
         folders = {}
-        for where in {"cpu": "cpu", "here": device()}.items():
-            model = open_streamed(root / "base", torch.bfloat16, where[1])
-            report = compress(model, recipe, Calibration(calibration, root / f"{name}-{where[0]}"), torch.bfloat16)
-            folders[where[0]] = root / f"{name} {where[0]}"
-            save(model, report, folders[where[0]], root / "base")
+        for where, target in (("cpu", torch.device("cpu")), ("here", device())):
+            model = open_streamed(root / "base", torch.bfloat16, target)
+            report = compress(model, recipe, Calibration(calibration, root / f"{name}-{where}"), torch.bfloat16)
+            folders[where] = root / f"{name} {where}"
+            save(model, report, folders[where], root / "base")
         cpu = load(folders["cpu"], dense=True, dtype=torch.float32)
         with torch.no_grad():
             expected = cpu(ids).logits
@@ -210,10 +210,10 @@ def parity(root: Path) -> list[tuple[str, float, float]]:
             model = load(folders["here"], dense=True, dtype=torch.float32)
             found.append((f"{name}: compressed here, logits", differs(model(ids).logits, expected), 5 * CLOSE))
         found.append((f"{name}: gradients on packed layers", *gradients(folders["cpu"])))
-    model = load_model(root / "base", torch.float32, attention="sdpa")
+    plain: Any = load_model(root / "base", torch.float32, attention="sdpa")
     with torch.no_grad():
         expected = load_model(root / "base", torch.float32, attention="eager")(ids).logits
-        found.append(("attention: sdpa", differs(model.to(device())(ids.to(device())).logits, expected), 1e-3))
+        found.append(("attention: sdpa", differs(plain.to(device())(ids.to(device())).logits, expected), 1e-3))
     return found
 
 

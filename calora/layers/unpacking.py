@@ -66,8 +66,9 @@ class UnpackingLinear(nn.Linear):
     def dense(self, dtype: torch.dtype, ratio: Tensor | None = None) -> nn.Module:
         """The dense view, for one call."""
         made = self.view(dtype)
-        if made.bias is not None:
-            made.bias = nn.Parameter(made.bias.detach().to(dtype), requires_grad=False)
+        bias: Tensor | None = made._parameters.get("bias")
+        if bias is not None:
+            made.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
         if isinstance(made, GridLinear):
             made.rescale(ratio)
         return made
