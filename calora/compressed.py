@@ -94,7 +94,7 @@ class Compressed(OneToken, PreTrainedModel):
         """
         if any(prepared(module) for module in self.modules()):
             fix = "copy the folder that it was loaded from, or load it with dense=True"
-            found = "the form that a CPU computes with, or a task's scales"
+            found = "the form that a CPU computes with, or to train on, or a task's scales"
             raise CaloraError("save_pretrained", "layers in their stored form", found, fix)
         super().save_pretrained(*args, **kwargs)
 
@@ -121,6 +121,7 @@ class Compressed(OneToken, PreTrainedModel):
 def load(
     path: str | Path,
     dense: bool = False,
+    trainable: bool = False,
     attention: str = "sdpa",
     device: str = "cpu",
     dtype: torch.dtype | None = None,
@@ -130,6 +131,8 @@ def load(
     Args:
         path: a folder that the compress stage (or `calora.save`) wrote.
         dense: unpack every layer: the same values, more memory, fast to train.
+        trainable: to train adapters on packed layers: each weight is unpacked within a call, forward and backward. The
+            values of `dense`, about its bytes less, and slower.
         attention: `sdpa` (eager where the model's class has none), or `eager`, to train on a CPU.
         device: where to put it; on a CPU packed layers take the form that its kernels compute with.
         dtype: to compute in; by default the stored one, or fp32 for bf16 where the processor has no kernels for it.
@@ -137,6 +140,8 @@ def load(
     Raises:
         CaloraError: a file is missing, truncated, or not the one that compression.json describes.
     """
+    if dense and trainable:
+        raise CaloraError("load", "dense or trainable", "both", "name one: dense layers can be trained on anyway")
     directory = Path(path)
     report = read_json(directory / REPORT, FIX)
     if report.get("version") != VERSION:
@@ -154,8 +159,9 @@ def load(
         model = cls._from_config(config, dtype=config.dtype, attn_implementation=attention_of(attention))
     compute = dtype or (compute_dtype() if config.dtype == torch.bfloat16 else config.dtype)
     with stored_tensors(directory / WEIGHTS) as tensors:
-        ready = not dense and device == "cpu"
-        build(model, report["layers"], tensors, report["tied"], dense=dense, ready=ready, compute=compute)
+        ready = not dense and not trainable and device == "cpu"
+        how = {"dense": dense, "trainable": trainable, "ready": ready}
+        build(model, report["layers"], tensors, report["tied"], **how, compute=compute)
     uniform(model)  # what was not compressed is stored as the base has it
     compute_in(model, compute, config.dtype)
     if dense:
@@ -171,7 +177,7 @@ def load(
     if (directory / GENERATION).exists():
         model.generation_config = _generation(directory)
     loaded: Compressed = model.to(device).eval().requires_grad_(False)
-    if not dense:
+    if not dense and not trainable:
         unpack(loaded, compute)
         loaded.calora_sides = Sides(linear_layers(loaded), read_together(loaded))
     return loaded

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from calora.common.files import fingerprint, whole_directory, write_json
-from calora.common.tensors import each_once, write_tensors
+from calora.common.tensors import each_once, write_pieces, write_tensors
 from calora.errors import CaloraError
 from calora.formats import quantization_config, stored_as
 from calora.layers.experts import ExpertLinear, Experts
@@ -21,6 +21,7 @@ from calora.layers.nf4 import Nf4Linear
 from calora.layers.packed import PackedEmbedding, PackedLinear
 from calora.layers.report import Report
 from calora.models.anatomy import sizes
+from calora.models.blocks import blocks_of
 from calora.models.uniform import was_conv1d
 
 REPORT = "compression.json"
@@ -32,7 +33,8 @@ CARRIED = ("generation_config.json", "*token*", "*.model", "vocab*", "merges*", 
 def save(model: PreTrainedModel, report: Report, directory: Path, base: Path) -> None:
     """Write a compressed model: packed weights, compression.json, configuration and the base's tokenizer.
 
-    Tensors that are shared in memory (tied embeddings) are stored once. What remains of the original's outputs and
+    Tensors that are shared in memory (tied embeddings) are stored once; the blocks of a streamed model are read one after
+    another, from where `compress` put them. What remains of the original's outputs and
     inputs, where some were cut or moved, goes to kept.safetensors.
 
     Raises:
@@ -55,7 +57,8 @@ def save(model: PreTrainedModel, report: Report, directory: Path, base: Path) ->
             for file in base.glob(pattern):
                 shutil.copyfile(file, scratch / file.name)
         write_json(scratch / "config.json", config | ({"quantization_config": format} if format else {}))
-        write_tensors(scratch / WEIGHTS, tensors)
+        pieces = (stored_as(format, piece, {}) for piece in blocks_of(model).states())
+        write_pieces(scratch / WEIGHTS, tensors, pieces)
         if report.kept:
             write_tensors(scratch / KEPT, report.kept)
         stored = sum(file.stat().st_size for file in scratch.iterdir())

@@ -82,10 +82,11 @@ def run(stage: Callable[..., None], trains: bool = False) -> None:
 
     CALORA_DEBUG=1 shows the traceback of such a mistake too. One that trains does so on every GPU.
     """
-    if trains:
-        launch()
     try:
         params: Params = load_params()
+        choose(params)
+        if trains:
+            launch()
         stage(params, *sys.argv[1:])
     except KeyboardInterrupt:
         print("interrupted: the next `dvc repro` goes on from the last checkpoint", file=sys.stderr)
@@ -98,15 +99,20 @@ def run(stage: Callable[..., None], trains: bool = False) -> None:
         sys.exit(1)
 
 
+def choose(params: Params) -> None:
+    """Let `device` and `dtype` hold for this process and those that it starts; of both the environment has the last word."""
+    os.environ.setdefault("CALORA_DEVICE", params.device)
+    os.environ.setdefault("CALORA_DTYPE", params.dtype)
+
+
 def launch() -> None:
     """Start this command again as a process for each GPU, through accelerate, where there are several.
 
     CALORA_PROCESSES is another number of them, on CPUs too.
     """
-    import torch  # not for stages that only read and write
+    from calora.common.devices import gpus  # torch is not for stages that only read and write
 
-    gpus = torch.cuda.device_count()
-    count = int(os.environ.get("CALORA_PROCESSES", gpus))
+    count = int(os.environ.get("CALORA_PROCESSES", gpus()))
     if count > 1 and "LOCAL_RANK" not in os.environ:
         module = sys.modules["__main__"].__spec__
         assert module

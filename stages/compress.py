@@ -10,10 +10,13 @@ import shutil
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 import calora
 from calora.common.files import bytes_on_disk, fingerprint, read_json, sha256, write_json
-from calora.compression import check_recipe, compress, fingerprint_of
+from calora.common.parallel import device, place
+from calora.compression import Recipe, check_recipe, compress, fingerprint_of, needs_whole
+from calora.compression.streamed import open_streamed
 from calora.compression.walk import Calibration
 from calora.errors import CaloraError
 from calora.models.loading import compute_dtype, load_model, load_tokenizer
@@ -47,7 +50,7 @@ def _compress(steps: list[dict[str, dict[str, object]]], recipe: str) -> None:
     parts = (steps, fingerprint(BASE), fingerprint_of(examples), code_digest(), compute_dtype(), noted)
     unfinished = CHECKPOINTS / compressed(recipe)
     key = hashlib.sha256(repr(parts).encode()).hexdigest()
-    model = load_model(BASE, torch.bfloat16)
+    model = _opened(steps, recipe)
     report = compress(model, steps, Calibration(examples, unfinished / key, tuning), compute_dtype())
     check_unchanged(noted)
     save(model, report, compressed(recipe), BASE)
@@ -71,6 +74,20 @@ def check_unchanged(noted: dict[str, str]) -> None:
     for name, digest in noted.items():
         if not Path(name).exists() or sha256(Path(name)) != digest:
             raise CaloraError(name, f"the file of SHA-256 {digest}", "another one, or none", "run `dvc repro` again")
+
+
+def _opened(steps: Recipe, recipe: str) -> PreTrainedModel:
+    """The base, its blocks read one after another, or in memory as a whole where the recipe or the base needs it."""
+    reason = needs_whole(check_recipe(steps))
+    try:
+        if not reason:
+            return open_streamed(BASE, torch.bfloat16, device())
+    except CaloraError as error:
+        reason = str(error)
+    print(f"{recipe}: the whole base is in memory: {reason}")
+    model = load_model(BASE, torch.bfloat16)
+    place(model)
+    return model
 
 
 def code_digest() -> str:

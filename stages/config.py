@@ -357,6 +357,9 @@ class Train(Section):
     eval_every: Positive
     eval_batch_size: Positive
     checkpoint_seconds: Annotated[float, Field(gt=0, le=60)]
+    base: Literal["dense", "packed"]
+    gradient_checkpointing: bool
+    accumulation: Positive
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> Train:
@@ -481,6 +484,8 @@ class Params(Section):
     """All of params.yaml."""
 
     seed: Annotated[int, Field(ge=0)]
+    device: Literal["auto", "cpu", "cuda"]
+    dtype: Literal["auto", "bfloat16", "float32"]
     tasks: Annotated[list[str], Field(min_length=1)]
     recipes: Annotated[list[str], Field(min_length=1)]
     compare: Annotated[list[str], Field(min_length=1)]

@@ -39,7 +39,8 @@ MADE_BY = "run `dvc repro methods`"
 def main(params: Params, name: str, recipe: str, method: str) -> None:
     """The adapter of one method for one task on one compressed base."""
     task, source = read_task(name), inherited(name, recipe, method)
-    model = load(compressed(recipe), dense=True, attention=training_attention())
+    packed = params.train.base == "packed"
+    model = load(compressed(recipe), dense=not packed, trainable=packed, attention=training_attention())
     start, score = read_adapter(source), scorer(model, task, model.calora_tokenizer, params)
     loss = read_json(METHODS / method / "loss.json", MADE_BY)
     out, saved, kind = adapter(method, name, recipe), None, format_of(method)

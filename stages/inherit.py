@@ -16,6 +16,7 @@ from calora.adapters.cards import plain_card
 from calora.adapters.folder import read_plain_lora, write_adapter
 from calora.adapters.lora import Adapter, Rank, check_targets, lora_config
 from calora.common.files import fingerprint, read_json
+from calora.common.parallel import place
 from calora.compressed import Compressed, load
 from calora.inheritance.fresh import equal_budget, fresh_adapter
 from calora.inheritance.inherit import Bypass, Inheritance, inherit
@@ -86,6 +87,7 @@ def carried(
         first = rows[: start.calibration_texts]
         data["calibration"] = encode_all(read_task(name), model.calora_tokenizer, first, positions(model.config))
         data["reference"] = load_model(BASE)
+        place(data["reference"])
     bypass = None
     if own is not None:
         rank = rank_of(own, model, theirs if lora == "inherited" else None, data)

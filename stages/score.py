@@ -28,15 +28,16 @@ def main(params: Params, name: str, recipe: str, method: str) -> None:
     trained = made.parameters if history["losses"] else 0
 
     def scored_on(dense: bool) -> Scored:
-        """On the dense view of the compressed weights, which is fast, or on the packed ones, which are shipped."""
+        """On the dense view of the compressed weights, which is fast, or on the packed ones, which are shipped and smaller."""
         model = load(compressed(recipe), dense=dense, attention=training_attention())
         model.load_adapter(path, method)
         title = method if dense else f"{method}, packed"
         return score_test(model, task, model.calora_tokenizer, params, title, compressed(recipe), shipped, trained)
 
-    scored = replace(scored_on(dense=True), curve=history["scores"])
+    dense = params.train.base == "dense"
+    scored = replace(scored_on(dense), curve=history["scores"])
     if method in params.evaluate.packed:
-        scored = replace(scored, packed=scored_on(dense=False).score)
+        scored = replace(scored, packed=scored_on(dense=False).score if dense else scored.score)
     write_json(results(name, recipe, "scores", f"{method}.json"), {method: asdict(scored)})
 
 

@@ -32,7 +32,9 @@ CODE = (Path(calora.__file__).parent, Path(__file__).parent)
 def schedule(params: Params) -> Schedule:
     """The schedule of every training."""
     t = params.train
-    return Schedule(t.steps, t.lr, t.warmup, t.clip, t.eval_every, t.checkpoint_seconds)
+    return Schedule(
+        t.steps, t.lr, t.warmup, t.clip, t.eval_every, t.checkpoint_seconds, t.accumulation, t.gradient_checkpointing
+    )
 
 
 def scorer(model: Any, task: Task, tokenizer: Any, params: Params) -> Score:

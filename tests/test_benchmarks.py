@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import recipes, references, supervision, walks
+from benchmarks import gpu, recipes, references, supervision, walks
 from calora.compression.walk import Calibration
 from calora.models.loading import load_model
 from stages.config import load_params
@@ -90,3 +90,27 @@ def test_every_line_of_the_table_of_supervision_is_a_method():
     assert recipes.between("a " + "x".join(marks) + " b", supervision.NAME, "t", "benchmarks.supervision").split() == (
         f"a {marks[0]} t {marks[1]} b".split()
     )
+
+
+def test_the_benchmark_of_gpus_runs_on_a_cpu(tmp_path, monkeypatch):
+    """All rows and all parities, on a tiny model."""
+    monkeypatch.setattr("sys.argv", ["gpu", "--tiny", "--out", str(tmp_path / "gpu.md")])
+    gpu.main()
+    page = (tmp_path / "gpu.md").read_text()
+    lines = [line.split("|") for line in page.splitlines()]
+    for name, *_ in gpu.rows():
+        (cells,) = [line for line in lines if len(line) == 8 and line[1].strip() == name]
+        assert float(cells[2].replace(",", "")) > 0 and float(cells[4].replace(",", "")) > 0, cells
+    count = len(gpu.RECIPES) * 5 + 1
+    assert f"{count} of {count} within bounds." in page
+
+
+def test_a_row_that_fails_leaves_the_others(tmp_path, monkeypatch):
+    def fails(root):
+        raise RuntimeError("no kernel image is available\nfor this device")
+
+    monkeypatch.setattr(gpu, "rows", lambda: [("one", fails, False), ("two", fails, False)])
+    monkeypatch.setattr(gpu, "RECIPES", {})
+    page = gpu.report(gpu.TINY, gpu.Work(1, 4, 1, 1), 1e9)
+    assert page.count("failed: RuntimeError: no kernel image is available |") == 2
+    assert "| one | not measured: the time was over" in gpu.report(gpu.TINY, gpu.Work(1, 4, 1, 1), 0.0)

@@ -1,15 +1,20 @@
 """Every family's logits are the model's own; answers are greedy; the dtype is one that the processor computes in."""
 
+import os
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
 from peft import LoraConfig, inject_adapter_in_model
 from transformers import GenerationConfig, PreTrainedModel
 
+from calora.common.devices import accelerated, gpus
 from calora.errors import CaloraError
 from calora.models.families import family_of
-from calora.models.loading import compute_dtype, load_model
+from calora.models.loading import compute_dtype, load_model, training_attention
 from calora.models.tasks import Example
+from stages.common import choose
 
 SIZE = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
 LLAMA = {**SIZE, "intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8}
@@ -174,3 +179,36 @@ def test_a_class_without_sdpa_loads_with_eager_attention(name, attention, tmp_pa
     model = load_model(tmp_path)
     assert model.dtype is torch.float32 and model.config._attn_implementation == attention
     assert load_model(tmp_path, torch.bfloat16, attention="eager").dtype is torch.bfloat16
+
+
+def test_the_device_is_chosen_in_one_place(monkeypatch):
+    monkeypatch.delenv("CALORA_DEVICE", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert accelerated() and gpus() == 3 and training_attention() == "sdpa"
+    monkeypatch.setenv("CALORA_DEVICE", "cpu")
+    assert not accelerated() and gpus() == 0 and training_attention() == "eager"
+    monkeypatch.delenv("CALORA_DTYPE", raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": True})
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
+    assert compute_dtype() is torch.bfloat16  # the CPU's
+    monkeypatch.setenv("CALORA_DTYPE", "auto")
+    assert compute_dtype() is torch.bfloat16
+    monkeypatch.setenv("CALORA_DEVICE", "gpu")
+    with pytest.raises(CaloraError, match=r"device \(CALORA_DEVICE\): expected one of auto, cpu, cuda, found gpu"):
+        accelerated()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CALORA_DEVICE", "cuda")
+    with pytest.raises(CaloraError, match="expected a CUDA device that torch sees, found none"):
+        accelerated()
+
+
+def test_params_choose_device_and_dtype_and_the_environment_has_the_last_word(monkeypatch):
+    params = SimpleNamespace(device="cpu", dtype="float32")
+    for given, expected in ((None, ("cpu", "float32")), ("auto", ("auto", "auto"))):
+        for name in ("CALORA_DEVICE", "CALORA_DTYPE"):
+            monkeypatch.setenv(name, given or "")
+            if given is None:
+                monkeypatch.delenv(name)
+        choose(params)
+        assert (os.environ["CALORA_DEVICE"], os.environ["CALORA_DTYPE"]) == expected

@@ -5,7 +5,6 @@ import os
 import runpy
 import subprocess
 import sys
-from functools import partial
 from importlib.machinery import ModuleSpec
 
 import pytest
@@ -14,7 +13,7 @@ import torch
 from calora.adapters.lora import inject, lora_config
 from calora.common.parallel import share, weight
 from calora.distillation.distill import trainable
-from calora.distillation.loss import Weights, loss_of
+from calora.distillation.loss import Weights, items, loss_of
 from calora.distillation.targets import Targets, write_targets
 from calora.models.families import family_of
 from calora.models.loading import load_model, load_tokenizer
@@ -100,7 +99,7 @@ def gradient_of(model, examples, targets, indices, whole):
     family, weights = family_of(model), Weights(1.0, {"decoder": 2.0}, 0.5, 1.5)
     batch = family.collate([examples[i] for i in indices], model)
     output, target = family.forward(model, batch, None), targets.read(indices, model.device)
-    losses = loss_of(output, batch, target, weights, True, partial(weight, indices=whole))
+    losses = loss_of(output, batch, target, weights, True, lambda kind: weight(items(batch, kind), whole))
     return torch.cat([g.flatten() for g in torch.autograd.grad(losses["loss"], trainable(model))]), losses
 
 

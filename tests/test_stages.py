@@ -352,3 +352,28 @@ def test_the_snippet_of_the_readme_runs(project, monkeypatch, capsys):
     code = re.search(r"```python\n(import calora.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
     exec(compile(code.replace("movies", "toy").replace("q3", "q8_up"), "README.md", "exec"), {})
     assert capsys.readouterr().out.strip() in ("['positive']", "['negative']")
+
+
+def test_a_base_that_fits_only_packed_is_trained_and_scored_so(project, tmp_path, monkeypatch):
+    """The dense view is never made, and the adapter is the same to the bit."""
+    folder = tmp_path / "p"
+    shutil.copytree(project, folder)
+    monkeypatch.chdir(folder)
+    change(folder, "train.base", "packed")
+    change(folder, "train.gradient_checkpointing", True)
+    views = []
+    for name in ("distill", "score"):
+        stage = importlib.import_module(f"stages.{name}")
+
+        def watched(*args, opened=stage.load, **how):
+            views.append(how["dense"])
+            return opened(*args, **how)
+
+        monkeypatch.setattr(stage, "load", watched)
+        stage.main(load_params(), "toy", "q8_up", "calora")
+    assert views == [False, False]
+    for file in ("adapter_model.safetensors", "recovery.safetensors"):
+        made = Path("models/calora/toy/q8_up") / file
+        assert made.read_bytes() == (project / made).read_bytes()
+    scored = json.loads(Path("results/toy/q8_up/scores/calora.json").read_text())["calora"]
+    assert scored["packed"] == scored["accuracy"]

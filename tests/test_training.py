@@ -98,7 +98,7 @@ def test_a_kill_after_the_first_evaluation_does_not_cost_it(tmp_path):
         raise KeyboardInterrupt
 
     def loss(step):
-        return {"loss": (parameter * torch.arange(1.0, 4.0)).sum()}, 3
+        yield {"loss": (parameter * torch.arange(1.0, 4.0)).sum()}, 3
 
     def scored():
         scores.append(1)
@@ -134,7 +134,7 @@ def test_a_gradient_that_is_not_finite_is_an_error():
     with pytest.raises(CaloraError, match="toy, step 0: expected a finite gradient"):
         train(
             [parameter],
-            lambda step: ({"loss": NaNBackward.apply(parameter)}, 3),
+            lambda step: [({"loss": NaNBackward.apply(parameter)}, 3)],
             lambda: 0.0,
             schedule,
             torch.float32,

@@ -3,7 +3,7 @@
 A loss is a mean over answer tokens or real tokens, of which shares have different numbers: each is weighted (`weight`),
 and the mean of the gradients is that of the whole batch.
 
-`accelerate launch` starts the processes. A process alone changes nothing here but the device: a GPU where there is one.
+`accelerate launch` starts the processes. A process alone changes nothing here but the device (`calora.common.devices`).
 """
 
 from __future__ import annotations
@@ -16,17 +16,25 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
 from torch import Tensor, nn
 
+from calora.common.devices import accelerated
+
 T = TypeVar("T")
 
 
 def state() -> PartialState:
     """Accelerate's view of this process; unless told so it would let each of several on CPUs train alone."""
-    return PartialState(cpu=not torch.accelerator.is_available())
+    return PartialState(cpu=not accelerated())
 
 
 def place(model: nn.Module) -> None:
     """Put a model on the device of this process."""
-    model.to(state().device)
+    model.to(device())
+
+
+def device() -> torch.device:
+    """The device of this process."""
+    found: torch.device = state().device
+    return found
 
 
 def processes() -> int:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from calora.common.files import check_tensors
@@ -22,12 +24,17 @@ def each_once(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
     tied: dict[str, str] = {}
     names: dict[int, str] = {}
     for name, tensor in tensors.items():
-        first = names.setdefault(tensor.data_ptr(), name) if tensor.numel() else name
+        first = names.setdefault(same_memory(tensor), name) if tensor.numel() else name
         if first == name:
             kept[name] = tensor
         else:
             tied[name] = first
     return kept, tied
+
+
+def same_memory(tensor: Tensor) -> int:
+    """A number that tensors of the same memory have in common; on the meta device, of the same storage."""
+    return tensor.data_ptr() or tensor.untyped_storage()._cdata
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -47,6 +54,44 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         raise
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def write_pieces(path: Path, whole: Mapping[str, Tensor], pieces: Iterable[Mapping[str, Tensor]]) -> None:
+    """Write tensors that are never in memory together, whole or not at all; the same bytes as `write_tensors` writes.
+
+    Args:
+        whole: name -> a tensor of the shape and dtype of what is written; it may be on the meta device.
+        pieces: the values, each name of `whole` in one of them; others are left out.
+    """
+    header, starts = _header(whole)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.partial")
+    try:
+        with scratch.open("wb") as file:
+            file.write(header)
+            for piece in pieces:
+                for name in piece.keys() & starts.keys():
+                    file.seek(len(header) + starts.pop(name))
+                    file.write(piece[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            assert not starts, f"no values for {', '.join(starts)}"
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _header(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, int]]:
+    """The header of a safetensors file, and where behind it each tensor starts; safetensors itself says in which order."""
+    empty = {name: torch.empty(0, dtype=tensor.dtype) for name, tensor in tensors.items()}
+    plain = save(empty, metadata={"format": "pt"})
+    entries: dict[str, dict[str, Any]] = json.loads(plain[8 : 8 + int.from_bytes(plain[:8], "little")])
+    starts, end = {}, 0
+    for name, entry in entries.items():
+        if name in tensors:
+            starts[name], end = end, end + tensors[name].nbytes
+            entry |= {"shape": list(tensors[name].shape), "data_offsets": [starts[name], end]}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, starts
 
 
 def read_tensors(path: Path, made_by: str) -> dict[str, Tensor]:

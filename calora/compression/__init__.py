@@ -15,14 +15,17 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from calora.common.tensors import same_memory
 from calora.compression import moefy, prune, quantize, recover, shrink, take, tune
 from calora.compression.options import FIX, Plan, parse
+from calora.compression.streamed import Streamed
 from calora.compression.walk import Calibration, Change, Part, Walked, check_finite, each_block
 from calora.errors import CaloraError
 from calora.layers.layout import store
 from calora.layers.precision import computing_in
 from calora.layers.report import Report
 from calora.models.anatomy import check_known
+from calora.models.blocks import blocks_of
 from calora.models.families import family_of
 from calora.models.loading import compute_dtype
 from calora.models.tasks import Example
@@ -41,6 +44,7 @@ class Step:
         after: the steps that it may not follow with these options, and why.
         plan: (model, options, examples) -> what it has to find out of the whole model before any block is changed.
         finish: (model, options, plan) -> the modules that it changed after all blocks.
+        whole: options -> the one for which the whole model has to be in memory, with its name; empty for none.
     """
 
     options: type[Any]
@@ -49,6 +53,7 @@ class Step:
     after: Callable[[Any], Mapping[str, str]]
     plan: Callable[..., Plan] = lambda *_: Plan()
     finish: Callable[[PreTrainedModel, Any, Plan], list[str]] = lambda *_: []
+    whole: Callable[[Any], str] = lambda _: ""
 
 
 LAST = {"recover": "its map was fitted to what the steps before it left"}
@@ -61,12 +66,13 @@ STEPS: dict[str, Step] = {
     "take": Step(
         take.Options, take.check, (take.change,),
         lambda _: {step: "it takes the place of the base's weights: begin with it" for step in STEPS}, take.plan, take.finish,
+        lambda _: "take, whose checkpoint is opened as a whole",
     ),
     "shrink": Step(
         shrink.Options, shrink.check, (shrink.cut_heads, shrink.cut_neurons), lambda _: CODES | {
             "shrink": "one step cuts layers, heads and neurons together",
             "moefy": "experts would lose their equal sizes", "prune": "cutting inputs would break the groups of a pattern",
-        }, shrink.plan, shrink.finish,
+        }, shrink.plan, shrink.finish, shrink.needs_whole,
     ),
     "moefy": Step(moefy.Options, moefy.check, (moefy.change,), lambda _: CODES | {
         "moefy": "its feed-forwards are experts already", "prune": "reordering neurons would break the groups of a pattern",
@@ -82,7 +88,8 @@ STEPS: dict[str, Step] = {
     "recover": Step(
         recover.Options, recover.check, (recover.change,), lambda options: LAST | (
             {"shrink": "a budget needs the widths of before; give it a rank"} if options.budget else {}
-        ) | ({} if options.fit == "after" else {"take": "codes that were taken follow no map; set `fit: after`"}), recover.plan,
+        ) | ({} if options.fit == "after" else {"take": "codes that were taken follow no map; set `fit: after`"}),
+        recover.plan, whole=recover.needs_whole,
     ),
 }  # fmt: skip
 
@@ -96,7 +103,8 @@ def compress(
     that was compressed before goes on from there, and its report covers both.
 
     Args:
-        model: as `calora.models.loading.load_model` gives it, in the dtype in which it will be stored.
+        model: as `calora.models.loading.load_model` gives it, in the dtype in which it will be stored; or as
+            `open_streamed` does, block by block: its blocks end on disk too, where `calora.save` finds them.
         recipe: such as `[{"prune": {"score": "wanda", "pattern": "2:4"}}, {"quantize": {"format": "int8"}}]`.
         calibration: texts that the steps look at, and those that a recovery is tuned on. For that a copy of the uncompressed
             model stays in memory.
@@ -110,6 +118,8 @@ def compress(
     """
     earlier: Report | None = getattr(model, "calora_report", None)
     steps = check_recipe(recipe, earlier.recipe if earlier else ())
+    if isinstance(blocks_of(model), Streamed):
+        check_streamed(steps, calibration, earlier)
     check_model(model, steps)
     if not calibration.examples:
         raise CaloraError("calibration", "at least one text", "none", "give it texts")
@@ -180,8 +190,25 @@ def check_model(model: PreTrainedModel, steps: Sequence[tuple[str, Any]]) -> Non
     shape = model
     for step, options in steps:
         shape = STEPS[step].check(shape, options) or shape
-    for name, tensor in model.state_dict().items():
-        check_finite(name, tensor)
+    for tensors in blocks_of(model).states():
+        for name, tensor in tensors.items():
+            check_finite(name, tensor)
+
+
+def needs_whole(steps: Sequence[tuple[str, Any]]) -> str:
+    """What in a recipe needs the whole model in memory, so that it cannot be streamed; empty for nothing."""
+    return ", ".join(filter(None, (STEPS[step].whole(options) for step, options in steps)))
+
+
+def check_streamed(steps: Sequence[tuple[str, Any]], calibration: Calibration, earlier: Report | None) -> None:
+    """Raise `CaloraError` unless a streamed model can be compressed so."""
+    if reason := needs_whole(steps):
+        expected = "steps that look at one block at a time, for a streamed model"
+        raise CaloraError("recipe", expected, reason, "leave it out, or open the whole model with load_model")
+    if calibration.checkpoint is None or earlier:
+        found = "a second compression" if earlier else "none"
+        fix = "give it a Calibration with a folder for finished blocks, and all steps in one recipe"
+        raise CaloraError("compress", "a checkpoint for the blocks of a streamed model", found, fix)
 
 
 def _fast(stored: torch.dtype) -> torch.dtype:
@@ -243,9 +270,9 @@ def _report(
         owned |= {f"{name}.{key}" for key in tensors}
         sizes = {
             "bytes_before": before.get(f"{name}.weight", 0),
-            "bytes_after": sum(t.nbytes for t in tensors.values() if t.data_ptr() not in counted),
+            "bytes_after": sum(t.nbytes for t in tensors.values() if same_memory(t) not in counted),
         }
-        counted |= {t.data_ptr() for t in tensors.values()}
+        counted |= {same_memory(t) for t in tensors.values()}
         layers[name] = {**entry, **sizes, "steps": notes}
     seconds = {what: round(value, 1) for what, value in found.seconds.items()}
     return Report(

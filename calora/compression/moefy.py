@@ -155,7 +155,7 @@ def project(activity: Tensor) -> Tensor:
         return activity
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(activity.shape[1], FEATURES, generator=generator) / FEATURES**0.5
-    return torch.mm(activity, directions)
+    return torch.mm(activity, directions.to(activity.device))
 
 
 def balanced_clusters(features: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -170,7 +170,7 @@ def balanced_clusters(features: Tensor, count: int) -> tuple[Tensor, Tensor]:
     unit = F.normalize(features, dim=1)
     generator = torch.Generator().manual_seed(0)
     centres = unit[torch.randperm(len(unit), generator=generator)[:count]]
-    members = torch.empty(0)
+    members = torch.empty(0, device=unit.device)
     for _ in range(ROUNDS):
         members = _assign(unit @ centres.T)
         centres = F.normalize(unit[members].mean(1), dim=1)
@@ -205,14 +205,15 @@ def learned_router(x: Tensor, target: Tensor, active: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     rank = min(x.shape[1], 64)
     scale = x.square().mean().sqrt().clamp_min(1e-12)
-    down = (torch.randn(rank, x.shape[1], generator=generator) / x.shape[1] ** 0.5).requires_grad_()
-    up = torch.zeros(target.shape[1], rank).requires_grad_()
+    start = torch.randn(rank, x.shape[1], generator=generator) / x.shape[1] ** 0.5
+    down = start.to(x.device).requires_grad_()
+    up = torch.zeros(target.shape[1], rank, device=x.device).requires_grad_()
     bias = torch.logit(labels.mean(0).clamp(0.01, 0.99)).requires_grad_()
     optimizer = torch.optim.AdamW([down, up, bias], lr=ROUTER_LR, weight_decay=ROUTER_DECAY)
     scaled = x / scale
     with torch.enable_grad():
         for _ in range(ROUTER_STEPS):
-            index = torch.randint(len(x), (min(512, len(x)),), generator=generator)
+            index = torch.randint(len(x), (min(512, len(x)),), generator=generator).to(x.device)
             loss = F.binary_cross_entropy_with_logits(F.linear(F.linear(scaled[index], down), up, bias), labels[index])
             optimizer.zero_grad()
             loss.backward()

@@ -16,6 +16,7 @@ from calora.compression.walk import Block, Change
 from calora.errors import CaloraError
 from calora.layers.packed import PackedLinear, Packing
 from calora.models.anatomy import linear_layers, stacks
+from calora.models.blocks import blocks_of
 from calora.models.moments import input_square_sums
 from calora.models.tasks import Example
 
@@ -132,16 +133,14 @@ def allocate(model: PreTrainedModel, options: Options, examples: Sequence[Exampl
     names = [f"{stack}.{index}" for stack, blocks in stacks(model).items() for index in range(len(blocks))]
     if options.allocation == "uniform":
         return dict.fromkeys(names, options.sparsity)
-    sums, layers = input_square_sums(model, examples), linear_layers(model)
-    shares = torch.tensor(
-        [
-            _outliers(
-                [layers[key] for key in sums if key.startswith(f"{name}.")],
-                [sums[key] for key in sums if key.startswith(f"{name}.")],
-            )
-            for name in names
-        ]
-    )
+    blocks, layers, found = blocks_of(model), linear_layers(model), []
+    with blocks.passing():
+        sums = input_square_sums(model, examples)
+    for name in names:
+        own = [key for key in sums if key.startswith(f"{name}.")]
+        with blocks.present(name):
+            found.append(_outliers([layers[key] for key in own], [sums[key] for key in own]))
+    shares = torch.tensor(found)
     spread = (shares - shares.min()) / (shares.max() - shares.min()).clamp_min(1e-12) * 2 * SPREAD
     sparsity = (options.sparsity - (spread - spread.mean())).clamp(0.01, 0.99)
     return dict(zip(names, sparsity.tolist(), strict=True))

@@ -195,6 +195,11 @@ def plan(
     return Plan(share_out(spectra, options.budget * 1e6))
 
 
+def needs_whole(options: Options) -> str:
+    """What of these options looks at the model as a whole: a tuning trains all maps together."""
+    return "recover.tune" if options.tuning else ""
+
+
 def change(block: Block, options: Options, plan: Plan, steps: Sequence[Part] = ()) -> Change:
     """Compress every linear layer of the block by `steps`, with its recovery beside it."""
     groups = _groups(block)

@@ -188,6 +188,13 @@ def finish(model: PreTrainedModel, _: Options, plan: Plan) -> list[str]:
     return []
 
 
+def needs_whole(options: Options) -> str:
+    """What of these options looks at the model as a whole: gradients, or the output of every block before one is cut."""
+    if options.importance == "taylor":
+        return "shrink.importance: taylor"
+    return "shrink.layers" if options.layers else ""
+
+
 def _spread(groups: Tensor, width: int) -> Tensor:
     """Indices of all places of the groups, each `width` wide."""
     return (groups.unsqueeze(1) * width + torch.arange(width, device=groups.device)).flatten()
@@ -249,11 +256,11 @@ def block_influence(model: PreTrainedModel, examples: Sequence[Example], importa
                 step = (after - before).detach().float()
 
                 def see(grad: Tensor) -> None:
-                    sums[name][index] += (step * grad.float()).sum()
+                    sums[name][index] += (step * grad.float()).sum().cpu()
 
                 after.register_hook(see)
             else:
-                sums[name][index] += (1 - F.cosine_similarity(before.float(), after.float(), dim=-1)).sum()
+                sums[name][index] += (1 - F.cosine_similarity(before.float(), after.float(), dim=-1)).sum().cpu()
 
         return hook
 

@@ -1,12 +1,12 @@
 """Walk through a model once: each block gets all steps, with the inputs that the compressed blocks before it give.
 
 Activations of one block are held at a time: its inputs and its outputs over all calibration texts (as SparseGPT does,
-arXiv 2301.00774). A finished block is written to the checkpoint, so that a killed compression goes on after it.
+arXiv 2301.00774). A finished block is written to the checkpoint, so that a killed compression goes on after it. Of a
+streamed model one block is in memory at a time, too.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from calora.common.progress import progress
-from calora.common.tensors import each_once, write_tensors
+from calora.compression.finished import keep, take
 from calora.errors import CaloraError
-from calora.layers.layout import dense_weight, restore, store
+from calora.layers.layout import dense_weight
 from calora.models.anatomy import block_layers, stacks
+from calora.models.blocks import blocks_of
 from calora.models.families import family_of
 from calora.models.moments import as_read, batches_of, real
 from calora.models.tasks import Example
@@ -201,7 +201,7 @@ class Block:
                     x = x.float()
                     most = x.abs().amax(0)  # [in]
                     self._largest[name] = torch.maximum(self._largest[name], most) if name in sums else most
-                    sums[name] = torch.addmm(sums[name], x.T, x) if name in sums else x.T @ x  # [in, in]
+                    sums[name] = sums[name].addmm_(x.T, x) if name in sums else x.T @ x  # [in, in]
 
                 return see
 
@@ -255,23 +255,30 @@ def each_block(model: PreTrainedModel, parts: Sequence[Part], calibration: Calib
     Args:
         dtype: in which values will be stored.
     """
-    found = Walked()
+    found, blocks = Walked(), blocks_of(model)
     names = [f"{stack}.{index}" for stack, blocks in stacks(model).items() for index in range(len(blocks))]
     recorded, recorded_for = None, ""
     for name in progress(names, "compress", "blocks"):
         stack, _, index = name.rpartition(".")
         path = calibration.checkpoint / f"{name}.safetensors" if calibration.checkpoint else None
         if path and path.exists() and recorded_for != stack:
-            found.add(_take(path, model))
+            kept, told = take(path, model)
+            blocks.finish(name, path)
+            found.add(Walked(told["layers"], told["blocks"], told["seconds"], kept))
             continue
         start = time.monotonic()
         if recorded is None or stack != recorded_for:
-            recorded, recorded_for = _record(model, stack, calibration.examples), stack
-            for earlier in range(int(index)):
-                recorded.hidden = list(Block(f"{stack}.{earlier}", model, recorded, dtype).run())
-        made, modules = _compress(Block(name, model, recorded, dtype), parts)
-        if path:
-            _keep(path, model, made, modules)
+            with blocks.passing():
+                recorded, recorded_for = _record(model, stack, calibration.examples), stack
+            for earlier in (f"{stack}.{place}" for place in range(int(index))):
+                with blocks.present(earlier):
+                    recorded.hidden = list(Block(earlier, model, recorded, dtype).run())
+        with blocks.present(name):
+            made, modules = _compress(Block(name, model, recorded, dtype), parts)
+            if path:
+                told = {"layers": made.layers, "blocks": made.blocks, "seconds": made.seconds}
+                keep(path, model, modules, made.kept, told)
+            blocks.finish(name, path)
         made.took("walk", time.monotonic() - start - sum(made.seconds.values()))
         found.add(made)
     return found
@@ -351,29 +358,3 @@ def _record(model: PreTrainedModel, stack: str, examples: Sequence[Example]) -> 
         for handle in handles:
             handle.remove()
     return recorded
-
-
-def _keep(path: Path, model: PreTrainedModel, made: Walked, modules: Sequence[str]) -> None:
-    """Write a finished block: its new modules and what became of it."""
-    tensors, entries = {f"kept|{key}": value for key, value in made.kept.items()}, {}
-    for name in modules:
-        entries[name], own = store(model.get_submodule(name))
-        tensors |= {f"{name}|{key}": value for key, value in own.items()}
-    tensors, tied = each_once(tensors)
-    told = {"entries": entries, "tied": tied, "layers": made.layers, "blocks": made.blocks, "seconds": made.seconds}
-    write_tensors(path, tensors, {"done": json.dumps(told)})
-
-
-def _take(path: Path, model: PreTrainedModel) -> Walked:
-    """Put the modules of a finished block in place; what became of it."""
-    with safe_open(path, framework="pt") as file:
-        told: dict[str, Any] = json.loads(file.metadata()["done"])
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
-    tensors |= {other: tensors[first] for other, first in told["tied"].items()}
-    own: dict[str, dict[str, Tensor]] = {name: {} for name in [*told["entries"], "kept"]}
-    for key, tensor in tensors.items():
-        owner, _, part = key.partition("|")
-        own[owner][part] = tensor
-    for name, entry in told["entries"].items():
-        model.set_submodule(name, restore(model.get_submodule(name), entry, own[name]))
-    return Walked(told["layers"], told["blocks"], told["seconds"], own["kept"])

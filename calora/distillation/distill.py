@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,12 +24,13 @@ from calora.adapters.lora import (
 )
 from calora.adapters.scales import scales_of
 from calora.common.batching import epoch_batches
-from calora.common.parallel import place, share, weight
-from calora.distillation.loss import Weights, loss_of, task_loss
+from calora.common.parallel import place
+from calora.distillation.loss import KNOWN, Weights, loss_of, task_loss
+from calora.distillation.parts import Parts, recomputing
 from calora.distillation.targets import Targets
 from calora.distillation.training import Checkpoint, History, Losses, Schedule, train
 from calora.errors import CaloraError
-from calora.models.families import IGNORE, family_of
+from calora.models.families import family_of
 from calora.models.tasks import Example
 
 
@@ -67,13 +68,13 @@ def finetune(
     family = family_of(model)
     batches = epoch_batches([e.tokens for e in examples], batch_size, schedule.steps, seed)
 
-    def loss_of_step(step: int) -> tuple[Losses, int]:
-        chosen = [examples[i] for i in share(batches[step])]
-        batch = family.collate(chosen, model)
-        loss = task_loss(family.forward(model, batch, None), batch) * weight(batch.labels != IGNORE, batches[step])
-        return {"loss": loss}, sum(e.tokens for e in chosen)
+    def losses_of_step(step: int) -> Iterator[tuple[Losses, int]]:
+        parts = Parts(model, examples, batches[step], schedule.accumulation)
+        for batch, tokens in zip(parts.batches, parts.tokens, strict=True):
+            yield {"loss": task_loss(family.forward(model, batch, None), batch) * parts.weight(batch, KNOWN)}, tokens
 
-    history = train(trainable(model), loss_of_step, score, schedule, model.dtype, checkpoint, title)
+    with recomputing(model, schedule.gradient_checkpointing):
+        history = train(trainable(model), losses_of_step, score, schedule, model.dtype, checkpoint, title)
     return Adapter(config, lora_state(model)), history
 
 
@@ -112,7 +113,7 @@ def distill(
     """Train an adapter on the compressed model, all of its parts, on the right answers and the teacher's targets.
 
     Args:
-        model: the compressed model's dense view, changed in place.
+        model: the compressed model's dense view, or packed as `load(trainable=True)` opens it, changed in place.
         adapter: what the training starts from, such as `inherit` gives.
         labelled, unlabelled: texts; without unlabelled ones every step is labelled, without labelled ones none is.
         score: () -> validation score.
@@ -125,7 +126,8 @@ def distill(
         CaloraError: there are neither labelled texts nor unlabelled ones that the loss looks at, or the model is packed.
     """
     if sides_of(model):
-        raise CaloraError("distill", "the dense view of a model", "packed layers", "open it with dense=True")
+        expected, fix = "a model that can be trained on", "open it with dense=True or trainable=True"
+        raise CaloraError("distill", expected, "packed layers", fix)
     every = weights.unlabelled_every if unlabelled and weights.needs_teacher else 0
     if labelled is None and not every:
         expected = "labelled texts, or unlabelled ones and a loss that looks at the teacher there"
@@ -134,7 +136,9 @@ def distill(
     if not all(layer.trains_scales for _, layer, scales in scales_of(model) if scales.of(name) is not None):
         detach_adapter(model, name)
         found = "packed layers, which pass no gradient on to their scales"
-        raise CaloraError("distill", "the dense view of the model, for scales", found, "load it with dense=True")
+        raise CaloraError(
+            "distill", "the dense view of the model, for scales", found, "load it with dense=True or trainable=True"
+        )
     set_active(model, name)
     place(model)
     family = family_of(model)
@@ -146,18 +150,16 @@ def distill(
         for i, (pool, used) in enumerate(zip(texts, (labelled, unlabelled), strict=True))
     ]
 
-    def loss_of_step(step: int) -> tuple[Losses, int]:
+    def losses_of_step(step: int) -> Iterator[tuple[Losses, int]]:
         pool = 1 if every and step % every == every - 1 else 0
         turn = step // every if pool else step - (step // every if every else 0)
-        whole = plans[pool][turn]
-        indices = share(whole)
-        chosen = [texts[pool][i] for i in indices]
-        batch = family.collate(chosen, model)
-        output = family.forward(model, batch, None)
+        parts = Parts(model, texts[pool], plans[pool][turn], schedule.accumulation)
         targets = pools[pool].targets if weights.needs_teacher else None
-        target = targets.read(indices, model.device) if targets else None
-        losses = loss_of(output, batch, target, weights, pool == 0, partial(weight, indices=whole))
-        return losses, sum(e.tokens for e in chosen)
+        for batch, indices, tokens in zip(parts.batches, parts.indices, parts.tokens, strict=True):
+            output = family.forward(model, batch, None)
+            target = targets.read(indices, model.device) if targets else None
+            yield loss_of(output, batch, target, weights, pool == 0, partial(parts.weight, batch)), tokens
 
-    history = train(trainable(model), loss_of_step, score, schedule, model.dtype, checkpoint, title)
+    with recomputing(model, schedule.gradient_checkpointing):
+        history = train(trainable(model), losses_of_step, score, schedule, model.dtype, checkpoint, title)
     return take_adapter(model, adapter.config, adapter.meta, name), history

@@ -15,7 +15,11 @@ from calora.distillation.training import Losses
 from calora.errors import CaloraError
 from calora.models.families import IGNORE, Batch, Output
 
-Part = tuple[str, float, Tensor, Tensor]  # name, weight, value (a mean), and True at each item of that mean
+Part = tuple[str, float, Tensor, str]  # name, weight, value (a mean), and the kind of items that it is over
+ANSWERS, KNOWN = (
+    "answers",
+    "known",
+)  # kinds of items: positions of an answer, and those whose token is known; or a stack
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,13 @@ def hidden_distance(hidden: Tensor, mask: Tensor, target: Tensor) -> Tensor:
     return F.mse_loss(states.float(), target.float())
 
 
+def items(batch: Batch, kind: str) -> Tensor:
+    """True at each item of a kind: a real token of a stack, or a position of an answer."""
+    if kind in batch.masks:
+        return batch.masks[kind]
+    return batch.labels != IGNORE if kind == KNOWN else torch.ones_like(batch.labels, dtype=torch.bool)
+
+
 def distance_parts(output: Output, batch: Batch, target: Target, weights: Weights) -> list[Part]:
     """Each part that looks at the teacher; `output.logits` is over the whole vocabulary."""
     parts: list[Part] = []
@@ -72,10 +83,10 @@ def distance_parts(output: Output, batch: Batch, target: Target, weights: Weight
         if weight > 0 and stack in output.hidden:
             mask = batch.masks[stack]
             distance = hidden_distance(output.hidden[stack], mask, target.hidden[stack])
-            parts.append((f"hidden_{stack}", weight, distance, mask))
+            parts.append((f"hidden_{stack}", weight, distance, stack))
     if weights.kl > 0:
         kl = divergence(output.logits.gather(1, target.token_ids), target.logits)
-        parts.append(("kl", weights.kl, kl, batch.labels == batch.labels))
+        parts.append(("kl", weights.kl, kl, ANSWERS))
     return parts
 
 
@@ -85,22 +96,22 @@ def loss_of(
     target: Target | None,
     weights: Weights,
     labelled: bool,
-    weigh: Callable[[Tensor], float] = lambda _: 1.0,
+    weigh: Callable[[str], float] = lambda _: 1.0,
 ) -> Losses:
     """The loss of one batch and its parts by name; without a target, or with weights that need none, L = w_task L_task.
 
     Args:
-        weigh: weight of a mean among those of several processes, by the items that it is over (`parallel.weight`).
+        weigh: weight of a mean among those of other parts and processes, by the kind of items that it is over (`Parts`).
     """
     parts: list[Part] = []
     if target is not None:
         factor = weights.labelled if labelled else weights.unlabelled
         distances = distance_parts(output, batch, target, weights)
-        parts = [(name, factor * weight, value, items) for name, weight, value, items in distances]
+        parts = [(name, factor * weight, value, kind) for name, weight, value, kind in distances]
     if labelled and weights.task > 0:
-        parts.append(("task", weights.task, task_loss(output, batch), batch.labels != IGNORE))
+        parts.append(("task", weights.task, task_loss(output, batch), KNOWN))
     if not parts:
         kind = "labelled" if labelled else "unlabelled"
         raise CaloraError("loss", f"a weight above 0 on {kind} texts", "none", "raise task, alpha or kl")
-    losses = {name: value * weigh(items) for name, _, value, items in parts}
+    losses = {name: value * weigh(kind) for name, _, value, kind in parts}
     return losses | {"loss": torch.stack([weight * losses[name] for name, weight, _, _ in parts]).sum()}

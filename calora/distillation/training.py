@@ -37,6 +37,8 @@ class Schedule:
         clip: largest norm of the gradient.
         eval_every: steps between two looks at the validation score; the best one's parameters are kept.
         checkpoint_seconds: seconds between two checkpoints; a kill costs no more work than that.
+        accumulation: parts that a step's texts go through in, one after another, >= 1: less memory, the same step.
+        gradient_checkpointing: keep the inputs of blocks alone, and compute the rest again in the backward pass.
     """
 
     steps: int
@@ -45,6 +47,8 @@ class Schedule:
     clip: float
     eval_every: int
     checkpoint_seconds: float
+    accumulation: int = 1
+    gradient_checkpointing: bool = False
 
     def rate(self, step: int) -> float:
         """Learning rate of step 0, 1, ..."""
@@ -98,6 +102,7 @@ class MasterWeights:
         self.working = self.master if dtype == torch.float32 else self.master.to(dtype)
         self.working_grad = torch.zeros_like(self.working)
         self.master.grad = torch.zeros_like(self.master)
+        self.fresh = True  # whether nothing was collected since the last step
         offset = 0
         for p in self.parameters:
             span = slice(offset, offset + p.numel())
@@ -109,20 +114,30 @@ class MasterWeights:
             [self.master], lr=0.0, weight_decay=0.0, fused=device.type in ("cpu", "cuda")
         )
 
+    def collect(self) -> None:
+        """Add the gradients that `backward` left to those of the step, in fp32."""
+        assert self.master.grad is not None
+        if self.fresh:
+            self.master.grad.copy_(self.working_grad)
+        else:
+            self.master.grad.add_(self.working_grad)
+        self.fresh = False
+        self.working_grad.zero_()
+
     def step(self, rate: float, clip: float, where: str = "training") -> None:
-        """One AdamW step on the gradients that `backward` left.
+        """One AdamW step on the gradients that were collected.
 
         Raises:
             CaloraError: the gradient is not finite; the parameters are as before.
         """
         assert self.master.grad is not None
-        average(self.master.grad.copy_(self.working_grad))
+        average(self.master.grad)
+        self.fresh = True
         norm = float(nn.utils.clip_grad_norm_([self.master], clip))
         if not math.isfinite(norm):
             raise CaloraError(where, "a finite gradient", f"one of norm {norm}", "lower the learning rate")
         self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.step()
-        self.working_grad.zero_()
         self.publish()
 
     def publish(self) -> None:
@@ -187,7 +202,7 @@ class Checkpoint:
 
 def train(
     parameters: Iterable[nn.Parameter],
-    loss_of_step: Callable[[int], tuple[Losses, int]],
+    losses_of_step: Callable[[int], Iterable[tuple[Losses, int]]],
     score: Callable[[], float],
     schedule: Schedule,
     dtype: torch.dtype,
@@ -197,9 +212,9 @@ def train(
     """Train `parameters` in place; they end at the values that had the best validation score.
 
     Args:
-        loss_of_step: step -> (losses by name, of which `loss` is minimised; real tokens read). It must depend on
-            nothing but the step and the parameters: so a resumed run equals an uninterrupted one bit for bit. Of
-            several processes each gives the losses of its share, weighted by `calora.common.parallel.weight`.
+        losses_of_step: step -> of each part of its batch (losses by name, of which `loss` is minimised; real tokens
+            read). They must depend on nothing but the step and the parameters: so a resumed run equals an uninterrupted
+            one bit for bit. Losses are summed over parts, and averaged over processes: `Parts` weighs them.
         score: the validation score of the parameters as they are, higher is better.
         dtype: in which the model computes; masters and moments are fp32.
 
@@ -229,9 +244,7 @@ def train(
     bar = progress(range(start, schedule.steps), title if is_first() else None, "steps", schedule.steps, start)
     for step in bar:
         clock, done, where = time.monotonic(), step + 1, f"{title}, step {step}"
-        losses, tokens = loss_of_step(step)
-        losses["loss"].backward()
-        row, tokens = _averaged(losses, tokens)
+        row, tokens = _averaged(*_collected(losses_of_step(step), weights))
         if not math.isfinite(row["loss"]):
             raise CaloraError(where, "a finite loss", row["loss"], "lower the learning rate")
         weights.step(schedule.rate(step), schedule.clip, where)
@@ -248,6 +261,18 @@ def train(
     if is_first():
         print(f"{title}: {history.tokens} tokens in {history.seconds:.0f} s, {history.rate:.0f} tokens/s", flush=True)
     return history
+
+
+def _collected(parts: Iterable[tuple[Losses, int]], weights: MasterWeights) -> tuple[Losses, int]:
+    """The sums of the losses and tokens of a step's parts, each part's gradients collected before the next is computed."""
+    sums: Losses = {}
+    count = 0
+    for losses, tokens in parts:
+        losses["loss"].backward()
+        weights.collect()
+        sums = {name: sums.get(name, 0) + value.detach() for name, value in losses.items()}
+        count += tokens
+    return sums, count
 
 
 def _averaged(losses: Losses, tokens: int) -> tuple[dict[str, float], int]:

@@ -244,7 +244,7 @@ def moments_of(
         raise CaloraError("reference", "the model that was compressed", f"one without {missing[0]}", "give that one")
     moments = input_second_moments(reference, calibration, {source: whole[source] for source in names})
     for source, moment in progress(moments, title, "layers", len(layers)):
-        yield names[source], moment
+        yield names[source], moment.cpu()  # the algebra is done there, wherever the model ran
 
 
 def weighted_error(
@@ -258,7 +258,7 @@ def weighted_error(
         reference: the uncompressed model's layers.
     """
     whole = reference[origin.source(key)]
-    weight, columns = origin.slice_rows(key, whole.weight.detach().float()), origin.columns(key)
+    weight, columns = origin.slice_rows(key, whole.weight.detach().float().cpu()), origin.columns(key)
     if columns is not None:
         weight, moment = compensated(weight, moment, columns), moment[columns][:, columns]
     elif (scale := origin.input_scale(key)) is not None:

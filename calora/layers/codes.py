@@ -14,6 +14,7 @@ from torch import Tensor
 
 RANGE = {8: (-127, 127), 4: (-8, 7), 3: (-4, 3), 2: (-2, 1)}  # int8 leaves out -128, so that the grid is symmetric
 SHRINKS = [1 - step / 40 for step in range(1, 29)]  # of a range that is searched: 0.975 to 0.3 of what the weights span
+ROWS = 1024  # of a table that are in fp32 at a time
 _BITS = torch.arange(8, dtype=torch.uint8)
 _BYTES = ((torch.arange(256, dtype=torch.uint8).unsqueeze(1) >> _BITS) & 1).bool()  # [256, 8]
 
@@ -158,7 +159,7 @@ def _rounding_error(groups: Tensor, grid: Grid, importance: Tensor | None) -> Te
     return (error if importance is None else error.mul_(importance)).sum(-1)
 
 
-def fit_table(weight: Tensor, fit: Callable[[Tensor], Grid], rows: int = 4096) -> tuple[Tensor, Grid]:
+def fit_table(weight: Tensor, fit: Callable[[Tensor], Grid], rows: int = ROWS) -> tuple[Tensor, Grid]:
     """int8 codes [out, in] of a table and its grid, some rows at a time: its fp32 copy never exists as a whole."""
     weight = weight.detach()
     parts = weight.split(rows)
@@ -171,7 +172,7 @@ def fit_table(weight: Tensor, fit: Callable[[Tensor], Grid], rows: int = 4096) -
     return codes, whole
 
 
-def nearest_rows(weight: Tensor, rows: int = 4096) -> tuple[Tensor, Tensor]:
+def nearest_rows(weight: Tensor, rows: int = ROWS) -> tuple[Tensor, Tensor]:
     """int8 codes [out, in] and scales [out, 1] of a table."""
     fit = partial(fit_grid, bits=8, group=weight.shape[1], symmetric=True, dtype=weight.dtype)
     codes, grid = fit_table(weight, fit, rows)

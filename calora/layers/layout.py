@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from calora.layers.experts import ExpertLinear, Experts
 from calora.layers.nf4 import Nf4Linear
 from calora.layers.ongrid import GridLinear
 from calora.layers.packed import PackedEmbedding, PackedLinear, Packing, ScaledEmbedding
+from calora.layers.unpacking import UnpackingLinear
 from calora.recovery.shared import CHILD, SharedRecovery, attach_shared, read_once, shared_of
 
 
@@ -78,6 +80,7 @@ def build(
     tied: Mapping[str, str],
     dense: bool = False,
     ready: bool = False,
+    trainable: bool = False,
     compute: torch.dtype | None = None,
 ) -> None:
     """Fill an empty model with stored tensors, layer by layer.
@@ -87,6 +90,7 @@ def build(
         tied: name of a tensor -> name under which the same one is stored.
         dense: unpack each layer.
         ready: bring each layer into the form that a CPU computes with.
+        trainable: unpack the weight of a packed layer in each call, in the backward pass too.
         compute: the dtype of the inputs to come, where it is not the stored one.
     """
     names = {name: name for name in tensors} | dict(tied)  # name in the model -> name on disk
@@ -108,9 +112,11 @@ def build(
         own = [name for name in names if name.startswith(f"{layer}.") and name not in done]
         done |= set(own)
         made = restore(model.get_submodule(layer), entries[layer], {name[len(layer) + 1 :]: read(name) for name in own})
+        dtype: torch.dtype = compute or getattr(torch, entries[layer].get("dtype", "float32"))
         if dense and not isinstance(made, Experts):
-            dtype: torch.dtype = compute or getattr(torch, entries[layer]["dtype"])
             made = dense_view(made, dtype)
+        elif trainable and isinstance(made, PackedLinear | Nf4Linear):
+            made = UnpackingLinear(made, partial(dense_view, made), dtype)
         elif ready and isinstance(made, PackedLinear):
             made.prepare(rooms.pop(layer))
         elif ready and (isinstance(made, Experts) or (isinstance(made, Nf4Linear) and compute in (None, made.dtype))):
@@ -134,11 +140,13 @@ def prepare(model: nn.Module) -> None:
 
 
 def prepared(layer: nn.Module) -> bool:
-    """Whether a layer computes with what is not its stored form: that of a CPU, or the scales of a task."""
+    """Whether a layer is not in its stored form: in that of a CPU, with the scales of a task, or to train beside."""
     if isinstance(layer, Experts):
         return layer.choice is not None
     if isinstance(layer, SharedRecovery):
         return layer.unpacked
+    if isinstance(layer, UnpackingLinear):
+        return True
     exchanged = isinstance(layer, PackedLinear) and layer.exchanged is not None
     return exchanged or isinstance(layer, ExpertLinear) or bool(getattr(layer, "kernel", None))
 

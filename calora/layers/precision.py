@@ -27,7 +27,7 @@ def computing_in(model: nn.Module, dtype: torch.dtype, stored: torch.dtype) -> I
     """
     if torch.promote_types(dtype, stored) != dtype:
         raise CaloraError("compute", f"a dtype that holds every value of {stored}", dtype, "use torch.float32")
-    names = {name for name, tensor in _dense(model) if tensor.dtype == stored}
+    names = {name for name, tensor in dense_tensors(model) if tensor.dtype == stored}
     _cast(model, names, stored, dtype)
     try:
         yield
@@ -37,19 +37,19 @@ def computing_in(model: nn.Module, dtype: torch.dtype, stored: torch.dtype) -> I
 
 def compute_in(model: nn.Module, dtype: torch.dtype, stored: torch.dtype) -> None:
     """Let a model compute in `dtype` from now on: its dense tensors of dtype `stored` are brought there."""
-    _cast(model, {name for name, _ in _dense(model)}, stored, dtype)
+    _cast(model, {name for name, _ in dense_tensors(model)}, stored, dtype)
 
 
-def _dense(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def dense_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The tensors of layers that are not packed, by name."""
     for path, module in model.named_modules():
         if not isinstance(module, PACKED):
             for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-                yield f"{path}.{name}", tensor
+                yield f"{path}.{name}".removeprefix("."), tensor
 
 
 def _cast(model: nn.Module, names: set[str], old: torch.dtype, new: torch.dtype) -> None:
     if old != new:
-        for name, tensor in _dense(model):
+        for name, tensor in dense_tensors(model):
             if name in names and tensor.dtype == old:
                 tensor.data = tensor.data.to(new)

@@ -201,6 +201,7 @@ def _run(model: PreTrainedModel, batch: Batch, token_ids: Tensor | None) -> tupl
         The model's output, the last hidden states [B, T, H] of its decoder, and the logits [P, V] or [P, k].
     """
     stand = _Decoder(model.get_decoder(), batch.positions)
+    token_ids = None if token_ids is None else token_ids.to(batch.labels.device)
     called, head = _substituted(model, _path(model, stand.part), stand), model.get_output_embeddings()
     # An encoder-decoder may add a bias to each logit of the whole vocabulary (BART).
     if token_ids is not None and _has_rows(head) and not model.config.is_encoder_decoder:

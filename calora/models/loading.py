@@ -10,6 +10,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from calora.common.devices import accelerated, chosen_device
 from calora.common.files import check_tensors
 from calora.errors import CaloraError
 from calora.models.uniform import uniform
@@ -38,17 +39,17 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 def compute_dtype() -> torch.dtype:
     """The dtype to compute in here: bfloat16 where the processor has kernels for it, else float32.
 
-    On an AVX2 CPU products in bfloat16 take eight times as long as in float32. CALORA_DTYPE is another choice.
+    On an AVX2 CPU products in bfloat16 take eight times as long as in float32. CALORA_DTYPE is another choice; `auto` is none.
 
     Raises:
         CaloraError: CALORA_DTYPE is neither `bfloat16` nor `float32`.
     """
-    chosen = os.environ.get("CALORA_DTYPE")
-    if chosen:
+    chosen = os.environ.get("CALORA_DTYPE") or "auto"
+    if chosen != "auto":
         if chosen not in DTYPES:
             raise CaloraError("CALORA_DTYPE", f"one of {', '.join(DTYPES)}", chosen, "set one of them, or unset it")
         return DTYPES[chosen]
-    if torch.cuda.is_available():
+    if chosen_device() != "cpu" and torch.cuda.is_available():
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         processor = torch.cpu.get_capabilities()
@@ -58,7 +59,7 @@ def compute_dtype() -> torch.dtype:
 
 def training_attention() -> str:
     """The attention to train with: `eager` on a CPU (bf16 SDPA has a slow backward there), `sdpa` on a GPU."""
-    return "sdpa" if torch.accelerator.is_available() else "eager"
+    return "sdpa" if accelerated() else "eager"
 
 
 def attention_of(attention: str) -> str | None:
