@@ -57,7 +57,7 @@ def register() -> type:
         known: type = model_registry.get(NAME)
         return known
 
-    class Harnessed(HFLM):
+    class Harnessed(HFLM):  # type: ignore[misc]  # the harness may not be installed
         """`path`, `adapter`, `dense`, `device` as in `opened`; all else is `HFLM`'s."""
 
         def __init__(

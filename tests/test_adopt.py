@@ -32,7 +32,7 @@ from stages import base as base_stage
 from stages import download
 from stages.common import brought
 from stages.config import load_params
-from tests.conftest import ROOT, TASK, make_model, toy_rows
+from tests.conftest import ROOT, TASK, change, make_model, toy_rows
 from tests.test_hub import COMMIT, hub  # noqa: F401  # a fixture
 from tests.test_strangers import make_stranger
 
@@ -151,6 +151,56 @@ def test_a_dry_run_writes_nothing(project, theirs, capsys):
     assert "+    mine:" in said and "-tasks: [movies]" in said and "nothing was written" in said
 
 
+def write_gguf(base, path):
+    """A tiny Llama as llama.cpp's converter lays it out: rows of queries and keys are in pairs; a byte-level vocabulary."""
+    import gguf
+
+    model, writer = load_model(base, torch.float32), gguf.GGUFWriter(path, "llama")
+    config, names = model.config, gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
+    for add, value in (
+        (writer.add_vocab_size, config.vocab_size), (writer.add_context_length, config.max_position_embeddings),
+        (writer.add_embedding_length, config.hidden_size), (writer.add_block_count, config.num_hidden_layers),
+        (writer.add_feed_forward_length, config.intermediate_size), (writer.add_head_count, config.num_attention_heads),
+        (writer.add_head_count_kv, config.num_key_value_heads), (writer.add_layer_norm_rms_eps, config.rms_norm_eps),
+        (writer.add_rope_freq_base, 10000.0), (writer.add_rope_dimension_count, config.head_dim), (writer.add_file_type, 0),
+    ):  # fmt: skip
+        add(value)
+    words = [*(chr(33 + i) for i in range(config.vocab_size - 1)), '!"']  # the last one is what the merge makes
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(words)
+    writer.add_token_types([1] * len(words))
+    writer.add_token_merges([f"{words[0]} {words[1]}"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight":
+            continue  # tied
+        for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
+            if part in name:
+                tensor = tensor.view(heads, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
+        writer.add_tensor(names.get_name(name, (".weight",)), tensor.float().numpy())
+    for act in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        act()
+    return path
+
+
+def test_a_base_that_is_a_gguf_file(project, theirs, tmp_path):
+    file = write_gguf(theirs / "base", theirs / "base.gguf")
+    adopt(project, Wanted(base=str(file)))
+    source = load_params().base
+    assert (source.source, source.path, source.sha256) == ("path", str(file), sha256(file))
+    size = base_stage._from_file(source, tmp_path)
+    assert size == file.stat().st_size
+    made, wanted_ = load_model(tmp_path, torch.float32), load_model(theirs / "base", torch.float32)
+    ids = torch.tensor([[3, 5, 9]])
+    with torch.no_grad():  # stored in bf16: two digits
+        torch.testing.assert_close(made(ids).logits, wanted_(ids).logits, rtol=0.05, atol=0.02)
+    change(Path(), "base.sha256", "0" * 64)
+    with pytest.raises(CaloraError, match=sha256(file)):
+        base_stage._from_file(load_params().base, tmp_path / "out")
+
+
 def test_copies_instead_of_links(project, theirs):
     adopt(project, wanted(theirs, copy=True))
     assert not [path for path in Path("own").rglob("*") if path.is_symlink()]
@@ -181,6 +231,7 @@ def without_tokenizer(theirs):
 REFUSED = {
     "nothing": (lambda t: Wanted(), "--base, --adapter or --data"),
     "no such base": (lambda t: wanted(t, base="nowhere"), "--base: expected a folder or file that is there, or a hub id"),
+    "an adapter that is a GGUF": (lambda t: wanted(t, adapter=broken(t, "lora.gguf", "x")), "of a GGUF the one that"),
     "an encoder": (lambda t: wanted(t, base=str(make_model("bert", t / "bert"))), "which writes no text"),
     "a base of pickles": (lambda t: wanted(t, base=str(Path(broken(t, "p/pytorch_model.bin", "x")).parent)), "only pickles"),
     "a base that is a file": (lambda t: wanted(t, base=str(t / "train.csv")), "a model folder, a GGUF file"),

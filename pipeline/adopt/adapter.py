@@ -38,7 +38,8 @@ def _folder(text: str) -> tuple[Path, bool]:
         return path, False
     if path.is_file():
         found = f"a file, {path}"
-        raise CaloraError("--adapter", "a folder that PEFT wrote, or a hub id", found, "name the folder that it is in")
+        fix = "name the folder that PEFT wrote (of a GGUF the one that it was made from)"
+        raise CaloraError("--adapter", "a folder that PEFT wrote, or a hub id", found, fix)
     from huggingface_hub import snapshot_download
 
     found_id = hub_id(text, "model", "--adapter")
@@ -52,7 +53,7 @@ def describe(text: str, folder: Path, raw: Entry, base: Outline | None, said: Sa
     from calora.adapters.features import plain_lora
     from calora.adapters.foreign import REPEATABLE, import_lora
 
-    lines = [f"[bold]{text}[/]", _kind(raw)]
+    lines = [text, _kind(raw)]
     start = str(raw.get("init_lora_weights")).lower()
     if base is None:
         plain_lora(folder / FILES[0], raw, (*_starts(), *REPEATABLE))

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 from calora.common.files import check_tensors, fingerprint, sha256
 from calora.errors import CaloraError
 from pipeline.adopt.wanted import Entry, HubId, Said, asked, hub_id, million, shown
-from stages.base import WANTED, snapshot
+from stages.base import WANTED
 from stages.common import BASE
-from stages.config import Hub
 
 if TYPE_CHECKING:
     from calora.preview.outline import Outline
@@ -65,16 +64,20 @@ def _gguf(path: Path) -> Base:
 
 def _of_hub(found: HubId) -> Base:
     """Its configuration and tokenizer are fetched; the fingerprint follows from what the hub says of its files."""
-    from huggingface_hub import snapshot_download
-
     from calora.preview.outline import outline
 
     where = f"--base {found.repo}"
-    small = [pattern for pattern in WANTED if pattern != "*.safetensors"]
-    folder = asked(where, lambda: snapshot_download(found.repo, revision=found.revision, allow_patterns=small))
-    made = outline(Path(folder))
+    made = outline(_fetched(where, found, *(pattern for pattern in WANTED if pattern != "*.safetensors")))
     entry = {"source": "hub", "repo": found.repo, "revision": found.revision}
     return Base({**entry, "sha256": _hub_fingerprint(where, found)}, made)
+
+
+def _fetched(where: str, found: HubId, *patterns: str) -> Path:
+    """The files of a repository that fit, in the hub client's cache."""
+    from huggingface_hub import snapshot_download
+
+    wanted = list(patterns)
+    return Path(asked(where, lambda: snapshot_download(found.repo, revision=found.revision, allow_patterns=wanted)))
 
 
 def _hub_fingerprint(where: str, found: HubId) -> str:
@@ -92,8 +95,7 @@ def _hub_fingerprint(where: str, found: HubId) -> str:
             where, "weights in safetensors", "none", "name a repository that has them, or a GGUF file here"
         )
     if not all(file.lfs for file in files):
-        whole = Hub.model_construct(source="hub", repo=found.repo, revision=found.revision, sha256="")
-        return fingerprint(snapshot(whole))
+        return fingerprint(_fetched(where, found, "*.safetensors"))
     sums = hashlib.sha256()
     for file in sorted(files, key=lambda file: file.rfilename):
         assert file.lfs
@@ -118,7 +120,7 @@ def describe(title: str, made: Outline, said: Said) -> None:
     reads = f"reads {made.reads} tokens" if made.reads else "reads texts of any length"
     said.add(
         "base",
-        f"[bold]{title}[/]",
+        title,
         f"{type(made.model).__name__}, {made.kind}, {made.blocks} blocks of width {made.width}, {million(made.parameters)}"
         f" parameters ({made.parameters * 2 / 1e6:.0f} MB in bf16)",
         f"linear layers: {', '.join(made.parts)}",

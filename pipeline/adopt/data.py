@@ -340,7 +340,7 @@ def describe(
         f"prompts of {lengths.mean:.0f} tokens, 99 % up to {lengths.most}, the longest {lengths.longest}{about}"
     )
     said.add("data", *lines)
-    said.add("prompt", entry["prompt"].replace("[", "\\["))
+    said.add("prompt", entry["prompt"])
 
 
 def pools(params: Params, name: str) -> dict[str, int]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from pipeline.adopt.outlook import Row
 from pipeline.adopt.wanted import Said
@@ -21,7 +22,10 @@ def show_found(console: Console, said: Said) -> None:
     table.add_column(style="bold cyan", no_wrap=True)
     table.add_column(overflow="fold")
     for part, text in said.found:
-        table.add_row(part, text)
+        told = Text(text)  # a file's name or a column's is no markup
+        if part in ("base", "adapter"):
+            told.stylize("bold", 0, text.index("\n"))
+        table.add_row(part, told)
     for number, text in enumerate(said.unsure):
         table.add_row("[yellow]to check[/]" if number == 0 else "", escape(text))
     console.print(table)
@@ -32,7 +36,7 @@ def show_changes(console: Console, diff: str, dry: bool, placed: Sequence[object
     console.print()
     if placed:
         verb = "would be put into own/" if dry else "put into own/"
-        console.print(f"{verb}: {', '.join(map(str, placed))}", highlight=False, soft_wrap=True)
+        console.print(f"{verb}: {', '.join(map(str, placed))}", markup=False, soft_wrap=True)
     if diff:
         console.print(f"params.yaml {'would change' if dry else 'changed'}:")
         for line in diff.splitlines()[2:]:
