@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from tokenizers import AddedToken
+from transformers import LlamaConfig
 
 from calora.common.files import fingerprint, sha256
 from calora.compression import compress
@@ -22,17 +23,19 @@ from calora.models.loading import load_model, load_tokenizer
 from calora.models.tasks import Task, encode_all
 from calora.preview.outline import outline
 from calora.preview.recipes import preview
+from calora.preview.speed import Speed
 from calora.saving import save
 from pipeline.__main__ import main
 from pipeline.adopt import Wanted, adopt
 from pipeline.adopt.columns import choice, label_column, matched, proposed_answers, proposed_prompt, text_columns
 from pipeline.adopt.data import in_template
+from pipeline.adopt.outlook import Texts, outlook
 from pipeline.values import editor
 from stages import base as base_stage
 from stages import download
 from stages.common import brought
 from stages.config import load_params
-from tests.conftest import ROOT, TASK, change, make_model, toy_rows
+from tests.conftest import ROOT, TASK, change, make_model, make_tokenizer, toy_rows
 from tests.test_hub import COMMIT, hub  # noqa: F401  # a fixture
 from tests.test_strangers import make_stranger
 
@@ -390,6 +393,30 @@ def test_bytes_are_known_before_any_work(wide, tmp_path, case):
 def test_a_recipe_that_does_not_fit_is_told_beforehand(wide):
     with pytest.raises(CaloraError, match=r"recover\.rank"):
         preview(outline(wide), [*SIZES["int8"], {"recover": {"rank": 512, "fit": "after", "format": "int8"}}])
+
+
+def test_estimates_are_within_a_factor_of_two_of_a_run_that_was_measured(tmp_path, monkeypatch):
+    """`make run` of SmolLM2-135M on two cores of an AMD EPYC, with the speed that was measured there."""
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, tie_word_embeddings=True, architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    make_tokenizer(tmp_path, end=False)
+    params = yaml.safe_load(TEXT)
+    params["compress"]["calibration"] |= {"texts": 128}
+    params["compress"]["q3"][1]["recover"]["tune"]["steps"] = 60
+    params |= {"compare": ["clm", "clm_inherited", "calora_free", "clm_lora", "calora"]}
+    monkeypatch.setattr("calora.preview.speed.speed", lambda *_: Speed(191.0, 91.0, "bfloat16", 2))
+    texts = Texts(params["data"]["sizes"], 29.2, 80)
+    rows, _ = outlook(params, outline(tmp_path), texts, brought=False)
+    row = next(row for row in rows if row.name == "q3")
+    measured = {"megabytes": 81.0, "memory": 2.485, "compress": 689 / 60, "whole": 32.4}  # MB, GB, minutes
+    for name, value in measured.items():
+        assert value / 2 < getattr(row, name) < value * 2, name
+    assert row.megabytes == pytest.approx(81.0, rel=0.01)
+    brought, _ = outlook(params, outline(tmp_path), texts, brought=True)
+    assert next(row for row in brought if row.name == "q3").whole < row.whole  # no teacher to train
 
 
 def command(folder, address, *arguments):
