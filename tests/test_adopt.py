@@ -324,6 +324,22 @@ def test_a_folder_as_glue_lays_it_out(project, theirs):
     assert len(Path("data/cb/test.jsonl").read_text().splitlines()) == 20
 
 
+def test_answers_that_are_written_freely(project, theirs):
+    """As SQuAD has them on the hub: lists of texts; the longest answer is allowed for."""
+    rows = [
+        {"id": f"q{i}", "context": f"the film was {row['text']}", "question": f"what w{i} ?",
+         "answers": {"text": ["good film"] * (i % 2 + 1), "answer_start": [0]}}
+        for i, row in enumerate(toy_rows(60, 5))
+    ]  # fmt: skip
+    (theirs / "questions.json").write_text(json.dumps(rows))
+    adopt(project, Wanted(base=str(theirs / "base"), data=(str(theirs / "questions.json"),)))
+    entry = load_params().data.sets["questions"]
+    assert (entry.answers, entry.labels, entry.label, entry.max_new_tokens) == ([], [], "answers", 2)
+    assert entry.prompt == "Context: {context}\nQuestion: {question}\nAnswers:"
+    download.main(load_params(), "questions")
+    assert json.loads(Path("data/questions/test.jsonl").read_text().splitlines()[0])["answer"]
+
+
 def test_columns_are_told_apart():
     rows = [{"id": i, "Title": f"a b {i}", "mood": "sad" if i % 3 else "glad", "n": str(i % 5)} for i in range(30)]
     assert label_column(rows, None, ["n"]) == "mood" and text_columns(rows, "mood") == ["Title"]

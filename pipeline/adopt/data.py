@@ -43,12 +43,20 @@ LONGEST = 4096  # that is proposed
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of prompts and answers."""
+    """Tokens of prompts and answers.
+
+    Args:
+        mean, most, longest: of prompts; `most` holds 99 in 100.
+        answer: what holds 99 in 100 answers.
+        written: the same where answers are written freely, else 0.
+        counted: by the base's tokenizer, not guessed from letters.
+    """
 
     mean: float
-    most: int  # of 99 in 100 prompts
+    most: int
     longest: int
-    answer: int  # of 99 in 100 answers
+    answer: int
+    written: int
     counted: bool
 
 
@@ -281,7 +289,10 @@ def measure(
             given = answer_of(value, f"column '{column}'")
             replies += [given] if isinstance(given, str) else given or []
     answered = [_tokens(reply, base) for reply in replies] or [1]
-    return Lengths(sum(counted) / len(counted), _share(counted), max(counted), _share(answered), base is not None)
+    longest = _share(answered)
+    written = 0 if answers else longest
+    mean = sum(counted) / len(counted)
+    return Lengths(mean, _share(counted), max(counted), longest, written, base is not None)
 
 
 def _task(name: str, prompt: str, answers: Sequence[str] = ()) -> Task:

@@ -26,17 +26,19 @@ CORES = 0.45  # exponent: four cores are not four times as fast as one
 CALIBRATION_TOKENS = 32  # of a text of the embedded corpora
 WALK = 3.0  # passes through the model that a walk over its blocks takes
 TUNING = 1.5  # a tuning's loss looks at every position
+ONE_BY_ONE = 4.0  # a token that is written alone reads all weights for one product
 CLOSED_FORM = 22.0  # of the warm start, in the unit of `Preview.second_order`
 LIBRARIES = 0.7e9  # bytes of a process before any model
 
 
 @dataclass(frozen=True)
 class Texts:
-    """How many of each split are used, and their tokens."""
+    """How many of each split are used, and their tokens: of a prompt, of the longest, of an answer that is written."""
 
     sizes: dict[str, int]
     tokens: float
     most: int
+    written: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,9 @@ class Row:
 def texts_of(params: Mapping[str, Any], rows: Mapping[str, int], lengths: Lengths | None) -> Texts:
     """Rows that a run uses; without data those that params.yaml allows, of forty tokens."""
     sizes = rows or params["data"]["sizes"]
-    return Texts(dict(sizes), lengths.mean if lengths else 40.0, lengths.most if lengths else 160)
+    if lengths is None:
+        return Texts(dict(sizes), 40.0, 160)
+    return Texts(dict(sizes), lengths.mean, lengths.most, lengths.written)
 
 
 def outlook(params: Mapping[str, Any], outline: Outline, texts: Texts, brought: bool) -> tuple[list[Row], Speed]:
@@ -108,6 +112,10 @@ class Work:
         work = 2 * self.outline.linear * (self.texts.tokens if tokens is None else tokens)
         return texts * work / (EFFICIENCY * self.speed.compute * 1e9)
 
+    def answers(self, texts: float) -> float:
+        """Texts that are answered: chosen by the prompt's last token, or written token by token."""
+        return self.passes(texts, self.texts.tokens + ONE_BY_ONE * self.texts.written)
+
     def second_order(self, multiplications: float) -> float:
         """Steps that look at second moments."""
         return 2 * multiplications / (self.speed.fp32 * 1e9)
@@ -116,8 +124,8 @@ class Work:
         """The steps of one training, and its looks at validation."""
         train = self.params["train"]
         looks = train["steps"] // train["eval_every"] + 1
-        texts = train["steps"] * train["batch_size"] * (1 + BACKWARD) + looks * self.texts.sizes["validation"]
-        return START + self.passes(texts)
+        texts = train["steps"] * train["batch_size"] * (1 + BACKWARD)
+        return START + self.passes(texts) + self.answers(looks * self.texts.sizes["validation"])
 
     def compress(self, made: Preview) -> float:
         """The stage `compress`."""
@@ -132,7 +140,7 @@ class Work:
         """base, teacher, small, reference: what every recipe shares."""
         sizes = self.texts.sizes
         targets = self.passes(sizes["train"] + sizes["unlabelled"])
-        return 4 * START + (0 if brought else self.training()) + targets + self.passes(2 * sizes["test"])
+        return 4 * START + (0 if brought else self.training()) + targets + self.answers(2 * sizes["test"])
 
     def methods(self) -> float:
         """inherit, distill and score of the methods that are compared."""
@@ -143,7 +151,7 @@ class Work:
             if method["start"].get("bypass"):
                 total += self.second_order(CLOSED_FORM * self.unit)
             total += START + (self.training() if method["loss"] else START)
-            total += START + self.passes(self.texts.sizes["test"] * (2 if name in packed else 1))
+            total += START + self.answers(self.texts.sizes["test"] * (2 if name in packed else 1))
         return total
 
     def memory_compress(self, made: Preview) -> float:
