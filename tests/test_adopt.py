@@ -15,10 +15,12 @@ import yaml
 from tokenizers import AddedToken
 from transformers import LlamaConfig
 
+from calora.adapters.lora import check_targets
 from calora.common.files import fingerprint, sha256
 from calora.compression import compress
 from calora.compression.walk import Calibration
 from calora.errors import CaloraError
+from calora.models.anatomy import linear_layers
 from calora.models.loading import load_model, load_tokenizer
 from calora.models.tasks import Task, encode_all
 from calora.preview.outline import outline
@@ -193,7 +195,7 @@ def test_a_base_that_is_a_gguf_file(project, theirs, tmp_path):
     adopt(project, Wanted(base=str(file)))
     source = load_params().base
     assert (source.source, source.path, source.sha256) == ("path", str(file), sha256(file))
-    size = base_stage._from_file(source, tmp_path)
+    size = base_stage._from_place(source, tmp_path)
     assert size == file.stat().st_size
     made, wanted_ = load_model(tmp_path, torch.float32), load_model(theirs / "base", torch.float32)
     ids = torch.tensor([[3, 5, 9]])
@@ -201,7 +203,7 @@ def test_a_base_that_is_a_gguf_file(project, theirs, tmp_path):
         torch.testing.assert_close(made(ids).logits, wanted_(ids).logits, rtol=0.05, atol=0.02)
     change(Path(), "base.sha256", "0" * 64)
     with pytest.raises(CaloraError, match=sha256(file)):
-        base_stage._from_file(load_params().base, tmp_path / "out")
+        base_stage._from_place(load_params().base, tmp_path / "out")
 
 
 def test_copies_instead_of_links(project, theirs):
@@ -284,8 +286,9 @@ def test_each_part_alone(project, theirs, tmp_path, capsys):
         "wi",
         "wo",
     ]
-    assert params["methods"]["clm_lora_qk"]["start"]["lora"]["targets"] == ["q", "k"]
-    assert params["recipes"] != ["q3"]  # 64 inputs do not divide its widths
+    model, qk = load_model(t5), params["methods"]["clm_lora_qk"]["start"]["lora"]["targets"]
+    assert len(check_targets(model, params["teacher"]["targets"], 1)) == len(linear_layers(model))
+    assert {name.rpartition(".")[2] for name in check_targets(model, qk, 1)} == {"q", "k"}
     # An adapter, for the run's only task.
     make_stranger(t5, tmp_path / "lora", target_modules=["q", "v"])
     adopt(project, Wanted(adapter=str(tmp_path / "lora")))

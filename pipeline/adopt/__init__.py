@@ -53,7 +53,7 @@ def adopt(root: Path, wanted: Wanted, dry: bool = False) -> None:
             document.set("tasks", tasks(document.values["tasks"], name))
         if wanted.base and theirs is not None:
             document.set("base", theirs.entry)
-            retarget(document, theirs.outline.parts)
+            retarget(document, theirs.outline)
         if source is not None:
             rows = data.pools(document.check(), name)
             said.add(

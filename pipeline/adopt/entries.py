@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from difflib import unified_diff
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
@@ -17,6 +17,9 @@ from calora.errors import CaloraError
 from pipeline.adopt.wanted import Entry
 from pipeline.values import editor, quoted
 from stages.config import PARAMS, Params, load_params
+
+if TYPE_CHECKING:
+    from calora.preview.outline import Outline
 
 PLAIN = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_./-"
 ROLES = {  # what other families call a layer of attention, the likeliest first
@@ -113,22 +116,26 @@ def written(value: Any) -> Any:
     return quoted(value)
 
 
-def retarget(document: Document, parts: Sequence[str]) -> None:
+def retarget(document: Document, base: Outline) -> None:
     """Let the teacher and the methods name layers that the base has: others are translated, or all of its layers."""
-    _one(document, "teacher.targets", document.values["teacher"]["targets"], parts)
+    _one(document, "teacher.targets", document.values["teacher"]["targets"], base)
     for name, method in document.values["methods"].items():
         start = method.get("start") or {}
         for part in ("bypass", "lora"):
             own = start.get(part)
             if isinstance(own, Mapping) and "targets" in own:
-                _one(document, f"methods.{name}.start.{part}.targets", own["targets"], parts)
+                _one(document, f"methods.{name}.start.{part}.targets", own["targets"], base)
 
 
-def _one(document: Document, key: str, targets: Any, parts: Sequence[str]) -> None:
-    if not isinstance(targets, list) or set(targets) <= set(parts):
-        return
-    found = [next((one for one in (target, *ROLES.get(target, ())) if one in parts), None) for target in targets]
-    document.set(key, list(parts) if None in found else list(dict.fromkeys(map(str, found))))
+def _one(document: Document, key: str, targets: Sequence[str], base: Outline) -> None:
+    from calora.adapters.lora import check_targets
+
+    try:
+        check_targets(base.model, targets, 1)
+    except CaloraError:
+        parts = base.parts
+        found = [next((one for one in (target, *ROLES.get(target, ())) if one in parts), None) for target in targets]
+        document.set(key, parts if None in found else list(dict.fromkeys(map(str, found))))
 
 
 def first_that_fits(document: Document, fits: Entry) -> list[str]:
