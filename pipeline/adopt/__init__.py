@@ -14,6 +14,7 @@ from rich.console import Console
 from calora.errors import CaloraError
 from pipeline.adopt import adapter, base, data
 from pipeline.adopt.base import Base
+from pipeline.adopt.data import Lengths
 from pipeline.adopt.entries import Document, first_that_fits, retarget
 from pipeline.adopt.files import Source, gather
 from pipeline.adopt.outlook import Row, Texts, outlook, texts_of
@@ -31,40 +32,44 @@ def adopt(root: Path, wanted: Wanted, dry: bool = False) -> None:
     Raises:
         CaloraError: something of it cannot be used; then nothing is written.
     """
-    rows: dict[str, int] = {}
     with contextlib.chdir(root), Own(wanted.copy) as own:
         document, said = Document(), Said()
         wanted = again(wanted, document.values["data"]["sets"])
         if not (wanted.base or wanted.adapter or wanted.data):
             raise CaloraError("adopt", "--base, --adapter or --data", "none of them", "python -m pipeline adopt --help")
         theirs = base.look(wanted.base, said) if wanted.base else base.present(document.values["base"])
-        outline = theirs.outline if theirs else None
         source = gather(wanted) if wanted.data else None
         name = named(wanted, source, document.values)
-        lengths = None
-        if source is not None:
-            before = document.values["data"]["sets"].get(name)
-            entry, lengths = data.look(source, wanted, name, before, outline, own, said)
-            document.set(f"data.sets.{name}", entry)
-        if wanted.adapter:
-            found = adapter.look(wanted.adapter, name, outline, own, said)
-            document.set(f"teacher.adapters.{name}", found)
-        if wanted.data or wanted.adapter:
-            document.set("tasks", tasks(document.values["tasks"], name))
-        if wanted.base and theirs is not None:
-            document.set("base", theirs.entry)
-            retarget(document, theirs.outline)
-        if source is not None:
-            rows = data.pools(document.check(), name)
-            said.add(
-                "run", ", ".join(f"{count} {split}" for split, count in rows.items()) + " texts (at most data.sizes)"
-            )
+        lengths = enter(document, wanted, source, name, theirs, own, said)
+        rows = data.pools(document.check(), name) if source else {}
+        if rows:
+            counts = ", ".join(f"{count} {split}" for split, count in rows.items())
+            said.add("run", f"{counts} texts (at most data.sizes)")
         outlooks, about = estimates(document, theirs, texts_of(document.values, rows, lengths), name, said)
         document.check()
         if not dry:
-            own.keep()
             document.save()
+            own.keep()
         tell(said, document, own, dry, outlooks, about)
+
+
+def enter(
+    document: Document, wanted: Wanted, source: Source | None, name: str, theirs: Base | None, own: Own, said: Said
+) -> Lengths | None:
+    """Set the entries of what is given, and what they ask for elsewhere; the lengths of the data's texts."""
+    outline, lengths = theirs.outline if theirs else None, None
+    if source is not None:
+        before = document.values["data"]["sets"].get(name)
+        entry, lengths = data.look(source, wanted, name, before, outline, own, said)
+        document.set(f"data.sets.{name}", entry)
+    if wanted.adapter:
+        document.set(f"teacher.adapters.{name}", adapter.look(wanted.adapter, name, outline, own, said))
+    if wanted.data or wanted.adapter:
+        document.set("tasks", tasks(document.values["tasks"], name))
+    if wanted.base and theirs is not None:
+        document.set("base", theirs.entry)
+        retarget(document, theirs.outline)
+    return lengths
 
 
 def again(wanted: Wanted, sets: Mapping[str, Any]) -> Wanted:
