@@ -65,6 +65,42 @@ def smoke(_: argparse.ArgumentParser) -> Act:
     return lambda _: local.smoke()
 
 
+def adopt(command: argparse.ArgumentParser) -> Act:
+    """Your own base, LoRA and data: looked at, put into own/, written into params.yaml; any of the three may be left out."""
+    command.add_argument("--base", metavar="X", help="a model folder, a GGUF file, or a hub id (owner/name@revision)")
+    command.add_argument("--adapter", metavar="Y", help="a PEFT folder or a hub id; without it a LoRA is trained")
+    command.add_argument(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="files, a folder of them, or a hub id: jsonl, json, csv, tsv, parquet",
+    )
+    command.add_argument("--validation", metavar="FILE", help="split off the training rows where there is none")
+    command.add_argument("--test", metavar="FILE", help="the same")
+    command.add_argument("--subset", help="of a hub dataset")
+    command.add_argument(
+        "--prompt", help='with columns in braces, such as "Review: {text}\\nSentiment:"; else proposed'
+    )
+    command.add_argument(
+        "--answers", nargs="+", default=[], metavar="WORD", help='in the order of the labels: "no,yes"'
+    )
+    command.add_argument("--label", metavar="COLUMN", help="of the label or the answer")
+    command.add_argument("--name", help="of the task; else that of the data")
+    command.add_argument("--chat", action="store_true", help="put the prompt into the base's chat template")
+    command.add_argument("--copy", action="store_true", help="copy files into own/; else they are linked")
+    command.add_argument("--dry-run", action="store_true", help="tell what would change, and write nothing")
+
+    def act(chosen: argparse.Namespace) -> None:
+        from pipeline.adopt import Wanted, adopt
+
+        words = chosen.answers[0].split(",") if len(chosen.answers) == 1 else chosen.answers
+        given = {key: value for key, value in vars(chosen).items() if key not in ("act", "dry_run", "data", "answers")}
+        adopt(ROOT, Wanted(data=tuple(chosen.data), answers=tuple(words), **given), chosen.dry_run)
+
+    return act
+
+
 def run(command: argparse.ArgumentParser) -> Act:
     """A run in a checkout of its own, which ends as a DVC experiment: what the Prefect UI starts, without a server."""
     command.add_argument("--name", default="run", help="of the experiment; a number is added where it is taken")
@@ -187,7 +223,7 @@ def labels(command: argparse.ArgumentParser) -> Act:
 
 
 COMMANDS = {
-    "repro": repro, "smoke": smoke, "run": run, "ui": ui, "compare": compare, "sweep": sweep, "ablation": ablation,
+    "repro": repro, "smoke": smoke, "adopt": adopt, "run": run, "ui": ui, "compare": compare, "sweep": sweep, "ablation": ablation,
     "convergence": convergence, "labels": labels,
 }  # fmt: skip
 

@@ -46,13 +46,20 @@ def _float(representer: Representer, value: float) -> Any:
     return representer.represent_scalar(FLOAT, yaml.safe_dump(value).splitlines()[0])
 
 
+def _null(representer: Representer, _: None) -> Any:
+    return representer.represent_scalar("tag:yaml.org,2002:null", "null")
+
+
 Representer.add_representer(float, _float)
+Representer.add_representer(type(None), _null)
 
 
 def editor() -> YAML:
-    """Reads and writes params.yaml with its comments."""
+    """Reads and writes params.yaml with its comments: what is not changed stays as it is written, to the letter."""
     found = YAML()
     found.preserve_quotes, found.width, found.Representer = True, 4096, Representer
+    found.brace_single_entry_mapping_in_flow_sequence = True
+    found.indent(mapping=2, sequence=4, offset=2)
     return found
 
 

@@ -19,6 +19,7 @@ from stages.common import BASE, DOWNLOADED, SMALL, run
 from stages.config import Folder, Hub, Params, Parts, PyPI
 from stages.sources import fetch, join, snapshot, unpacked
 
+GGUF = ".gguf"
 WANTED = ("*.safetensors", "*.json", "*.model", "merges.txt", "vocab.txt", "chat_template*")
 
 
@@ -91,13 +92,13 @@ def gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
 def place_of(source: Folder) -> Path:
     """The user's model folder, or GGUF file."""
     place = Path(source.path)
-    if not place.is_dir() and not (place.is_file() and place.suffix == ".gguf"):
+    if not place.is_dir() and not (place.is_file() and place.suffix == GGUF):
         raise CaloraError(place, "a model folder, or a GGUF file", "none", "check the path in params.yaml")
     return place
 
 
 def check_fingerprint(place: Path, source: Hub | Folder) -> None:
-    """Raise unless the weights are those that params.yaml names."""
+    """Raise unless the weights are those that params.yaml names; of a GGUF file its SHA-256 counts."""
     found = fingerprint(place) if place.is_dir() else sha256(place)
     if found != source.sha256:
         where = source.repo if isinstance(source, Hub) else source.path

@@ -166,15 +166,15 @@ Names = Annotated[list[str], Field(min_length=1)]  # the first of them that ther
 
 
 class LabelColumns(Section):
-    """The label's column where the files name it differently; `validation` is as in train if it is left out."""
+    """The label's column where the files name it differently; it is as in train where it is left out."""
 
     train: str
     validation: str | None = None
-    test: str
+    test: str | None = None
 
 
 class Columned(Prompted):
-    """Rows with named columns in splits of their own; validation may be null: then it is split off train.
+    """Rows with named columns in splits of their own; validation and test may be null: then they are split off train.
 
     `label` names the column of the label or of the answer (a list: the first that there is); `labels` are its values,
     in the order of `answers` (a list in it: values that mean the same). `columns` says under which names files have
@@ -217,7 +217,7 @@ class Files(Columned):
     source: Literal["files"]
     train: str | Names
     validation: str | Names | None
-    test: str | Names
+    test: str | Names | None
 
 
 class HubData(Columned):
@@ -229,7 +229,7 @@ class HubData(Columned):
     subset: str | None
     train: str
     validation: str | None
-    test: str
+    test: str | None
 
 
 # `like` names an entry of stages/tasks.yaml, which says the rest (`stages.tasks`).

@@ -43,7 +43,7 @@ def split_pools(params: Params, source: DataSet, task: Task) -> dict[str, Rows]:
         for row in rows:
             pools[split_of(row["group"], params.data.split.validation, params.data.split.test)].append(row)
     else:
-        pools = _own_splits(source, task, params.data.split.validation)
+        pools = _own_splits(source, task, params.data.split.validation, params.data.split.test)
     seen: set[str] = set()
     result: dict[str, Rows] = {}
     for split in ("test", "validation", "train"):  # a text of the test set leaves the others, never the reverse
@@ -87,16 +87,19 @@ def read_scores(source: Scores, archive: Archive) -> Rows:
     return rows
 
 
-def _own_splits(source: Files | HubData, task: Task, validation: float) -> dict[str, Rows]:
+def _own_splits(source: Files | HubData, task: Task, validation: float, test: float) -> dict[str, Rows]:
+    """The rows of each split; those that have no source of their own are split off train, by the hash of their prompt."""
     _check_splits(source, task)
     pools = {split: _labelled(*_read(source, task, split), source, task, split) for split in SPLITS}
-    if source.validation is None:
-        train = pools["train"]
-        names = [
-            "validation" if split_of(_asked(task, row), validation, 0.0) == "validation" else "train" for row in train
-        ]
-        for split in ("train", "validation"):
-            pools[split] = [row for row, name in zip(train, names, strict=True) if name == split]
+    train = pools["train"]
+    shares = (validation if source.validation is None else 0.0, test if source.test is None else 0.0)
+    if any(shares):
+        names = [split_of(_asked(task, row), *shares) for row in train]
+        pools |= {
+            split: [row for row, name in zip(train, names, strict=True) if name == split]
+            for split in SPLITS
+            if split == "train" or getattr(source, split) is None
+        }
     return pools
 
 
@@ -119,7 +122,7 @@ def _check_splits(source: Files | HubData, task: Task) -> None:
                     f"data.sets.{task.name}",
                     "another source for each split",
                     f"{name} as {taken[place]} and as {split}",
-                    "name another, or set `validation` to null: then it is split off train",
+                    "name another, or set `validation` or `test` to null: then it is split off train",
                 )
             taken[place] = split
 
