@@ -1,0 +1,103 @@
+"""llama.cpp on an exported folder, in this process: what its answers are, to score an export. The package is xllamacpp."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.request import Request, urlopen
+
+from calora.common.progress import progress
+from calora.errors import CaloraError
+from calora.evaluation.predict import Predictions
+from calora.models.tasks import Example, Task
+
+ONLY = 100.0  # added to the logits of a task's answers, so that one of them has the highest
+INSTALL = "pip install 'calora[device]'"
+
+
+def library() -> Any:
+    """The module xllamacpp."""
+    try:
+        import xllamacpp
+    except ImportError:
+        raise CaloraError("xllamacpp", "the package, to run llama.cpp", "none", INSTALL) from None
+    return xllamacpp
+
+
+class Llama:
+    """A base with its adapters, of which each call names those that are on.
+
+    Args:
+        base: base.gguf.
+        adapters: GGUF LoRAs by name.
+        context: most tokens of a prompt and its answer.
+        threads: of the processor; by default as many as llama.cpp takes.
+    """
+
+    def __init__(self, base: Path, adapters: Mapping[str, Path], context: int, threads: int | None = None) -> None:
+        lib = library()
+        params = lib.CommonParams()
+        params.model.path, params.n_ctx, params.n_parallel, params.warmup = str(base), context, 1, False
+        params.verbosity = -1
+        if threads:
+            params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+        # Scale 0: loaded with `lora_init_without_apply` alone they would all be on.
+        params.lora_adapters = [lib.CommonAdapterLoraInfo(str(path), 0.0) for path in adapters.values()]
+        self.names = list(adapters)
+        self.server = lib.Server(params)
+
+    def complete(self, prompt: str | Sequence[int], on: Sequence[str], tokens: int, **options: Any) -> tuple[str, int]:
+        """What llama.cpp writes after a prompt (a text or token ids), greedily, and the number of its first token.
+
+        Args:
+            on: names of the adapters to apply.
+            tokens: most tokens to write.
+
+        Raises:
+            CaloraError: llama.cpp refuses it.
+        """
+        # Always a list of all: without one a slot goes on with what another adapter left in its cache.
+        scales = [{"id": index, "scale": float(name in on)} for index, name in enumerate(self.names)]
+        asked = {
+            "temperature": 0.0,
+            "cache_prompt": False,
+            "logprobs": 1,
+            "lora": scales,
+            "n_predict": tokens,
+            **options,
+        }
+        answer: dict[str, Any] = self.server.handle_completions(
+            {"prompt": prompt if isinstance(prompt, str) else list(prompt), **asked}
+        )
+        if "choices" not in answer:
+            found = json.dumps(answer)[:200]
+            raise CaloraError("llama.cpp", "an answer", found, "look at the length of the prompt, and the folder")
+        choice = answer["choices"][0]
+        written = (choice.get("logprobs") or {}).get("content") or [{"id": -1}]
+        return choice["text"], int(written[0]["id"])
+
+    def tokenize(self, text: str) -> list[int]:
+        """The ids that llama.cpp makes of a text, special tokens around it included."""
+        body = json.dumps({"content": text, "add_special": True, "parse_special": True}).encode()
+        url, kind = f"{self.server.listening_address}/tokenize", {"Content-Type": "application/json"}
+        with urlopen(Request(url, body, kind), timeout=60) as answer:  # this process, on localhost
+            found: list[int] = json.load(answer)["tokens"]
+        return found
+
+    def predict(
+        self, task: Task, answer_ids: Sequence[int], examples: Sequence[Example], on: Sequence[str], title: str | None
+    ) -> Predictions:
+        """Answer every example: by the highest of the answers' logits (scored), or by greedy generation.
+
+        Args:
+            answer_ids: the first token of each answer; empty for a generated task.
+        """
+        answers, labels = [], []
+        only = {"logit_bias": [[token, ONLY] for token in answer_ids]} if task.scored else {}
+        for example in progress(examples, title, "texts"):
+            text, token = self.complete(example.prompt_ids, on, 1 if task.scored else task.max_new_tokens, **only)
+            labels.append(list(answer_ids).index(token) if task.scored else -1)
+            answers.append(task.answers[labels[-1]].strip() if task.scored else text.strip())
+        return Predictions(answers, labels)
