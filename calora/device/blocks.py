@@ -113,7 +113,7 @@ def packed(values: Tensor, scale: Tensor, kind: Type) -> Blocks:
     if group % BLOCK:
         found = f"groups of {group} inputs, where a block has {BLOCK}"
         raise NoExactType(found, f"use a base whose widths are multiples of {BLOCK}")
-    half = scale.float().half()
+    half = scale.detach().float().half()
     wrong = int((half.float() != scale.float()).sum())
     if wrong:
         raise NoExactType(f"{wrong} of {scale.numel()} scales that fp16 rounds", "use another base")
