@@ -89,8 +89,14 @@ def make_base(folder, family="llama", dtype=torch.bfloat16, **sizes):
     torch.manual_seed(0)
     model_class, config_class, own = FAMILIES[family]
     model = model_class(config_class(**SIZES | own | sizes))
-    for parameter in model.parameters():  # a random model says nearly the same of every text
-        parameter.data.mul_(3.0) if parameter.ndim > 1 else parameter.data.add_(0.3 * torch.randn_like(parameter))
+    for (
+        name,
+        parameter,
+    ) in model.named_parameters():  # a random model says nearly the same of every text, and looks everywhere
+        if parameter.ndim > 1:
+            parameter.data.mul_(12.0 if "q_proj" in name or "k_proj" in name else 3.0)
+        else:
+            parameter.data.add_(0.3 * torch.randn_like(parameter))
     model.to(dtype).save_pretrained(folder)
     make_tokenizer(folder)
     return folder
@@ -536,24 +542,15 @@ def test_without_xllamacpp_a_score_is_refused_before_any_work(tmp_path, int8, mo
 
 def probabilities(llama, ids, on):
     """llama.cpp's log-probabilities of the next token, of the whole vocabulary."""
-    asked = {"prompt": ids, "n_predict": 1, "temperature": 0.0, "cache_prompt": False, "logprobs": 264}
-    scales = [{"id": i, "scale": float(name in on)} for i, name in enumerate(llama.names)]
-    answer = llama.server.handle_completions({**asked, "lora": scales})
-    found = {one["id"]: one["logprob"] for one in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]}
-    return torch.tensor([found[i] for i in range(264)])
+    only = {"logit_bias": [[70, 100.0]]}  # of a token that is a whole character it tells them; they are without this
+    found = llama.complete(ids, on, 1, n_probs=264, **only)["completion_probabilities"][0]["top_logprobs"]
+    by_id = {one["id"]: one["logprob"] for one in found}
+    return torch.tensor([by_id[i] for i in range(264)])
 
 
-@llama_cpp
-@pytest.mark.parametrize(
-    ("family", "recipe", "recovery"),
-    [
-        ("llama", [INT8], "beside"), ("llama", [INT4], "beside"), ("llama", [INT3, RECOVER], "beside"),
-        ("llama", [INT3, RECOVER], "inside"), ("llama 3", [INT8], "beside"), ("qwen2", [INT8], "beside"),
-        ("qwen3", [INT8], "beside"),
-    ],
-)  # fmt: skip
-def test_llama_cpp_says_what_torch_says(tmp_path, family, recipe, recovery):
-    compressed = make_compressed(tmp_path, recipe, family=family, intermediate_size=128)
+def said_by_both(tmp_path, recipe, recovery="beside", **options):
+    """(what, log-probabilities of torch, of llama.cpp, and of llama.cpp with the wrong LoRAs) alone and with an adapter."""
+    compressed = make_compressed(tmp_path, recipe, intermediate_size=128, **options)
     folder = make_adapter(tmp_path / "adapter", compressed, size=0.15)
     out = tmp_path / "out"
     about = export(compressed, [folder], out, recovery=recovery, adapter_type="F32")
@@ -561,19 +558,37 @@ def test_llama_cpp_says_what_torch_says(tmp_path, family, recipe, recovery):
     llama = Llama(out / "base.gguf", {file: out / file for file in files}, 128, 1)
     ours = load(compressed, dense=True, dtype=torch.float32)
     ours.load_adapter(folder, "toy")
-    tokenizer = load_tokenizer(compressed)
     text = "Review: a good film, the plot was great, 1234 times\nSentiment:"
-    ids = tokenizer(text).input_ids
+    ids = load_tokenizer(compressed)(text).input_ids
     assert llama.tokenize(text) == ids
     for name, entry in ((None, about["base"]), ("toy", about["adapters"]["toy"])):
         ours.set_adapter(name)
         with torch.no_grad():
             want = ours(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)
-        got = probabilities(llama, ids, entry["apply"])
         wrong = probabilities(llama, ids, [] if name else list(files))
-        # llama.cpp rounds activations to 8 bits
-        divergence = [float((want.exp() * (want - one)).sum()) for one in (got, wrong)]
-        assert divergence[0] < 0.02 and divergence[0] < 0.1 * divergence[1], divergence
+        yield name, want, probabilities(llama, ids, entry["apply"]), wrong
+
+
+@llama_cpp
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_llama_cpp_computes_what_torch_computes(tmp_path, family):
+    """All in fp32: the order of heads, frequencies, biases, and the scales of an adapter of mixed ranks."""
+    prune = {"prune": {"score": "magnitude", "pattern": "2:4"}}
+    for name, want, got, wrong in said_by_both(tmp_path, [prune], family=family, dtype=torch.float32):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=2e-3, msg=lambda told, name=name: f"{name}: {told}")
+        assert float((wrong - want).abs().max()) > 0.3
+
+
+@llama_cpp
+@pytest.mark.parametrize(
+    ("recipe", "recovery"),
+    [([INT8], "beside"), ([INT4], "beside"), ([INT3, RECOVER], "beside"), ([INT3, RECOVER], "inside")],
+)
+def test_llama_cpp_says_what_torch_says(tmp_path, recipe, recovery):
+    """On quantised layers it rounds the activations to 8 bits."""
+    for _, want, *others in said_by_both(tmp_path, recipe, recovery):
+        close, far = (float((want.exp() * (want - one)).sum()) for one in others)
+        assert close < 0.02 and close < 0.1 * far, (close, far)
 
 
 @llama_cpp
