@@ -19,6 +19,7 @@ _HOME = {
     "Task": "calora.models.tasks",
     "compress": "calora.compression",
     "distill": "calora.distillation.distill",
+    "export": "calora.device.export",
     "fold": "calora.adapters.fold",
     "import_adapter": "calora.adapters.teachers",
     "import_lora": "calora.adapters.foreign",

@@ -143,20 +143,9 @@ def load(
     if dense and trainable:
         raise CaloraError("load", "dense or trainable", "both", "name one: dense layers can be trained on anyway")
     directory = Path(path)
-    report = read_json(directory / REPORT, FIX)
-    if report.get("version") != VERSION:
-        found = f"version {report.get('version', 1)}"
-        raise CaloraError(directory / REPORT, f"version {VERSION}", found, f"another calora wrote it: {FIX}")
-    check_tensors(directory / WEIGHTS, FIX)
-    found = fingerprint(directory)
-    if found != report["fingerprint"]:
-        raise CaloraError(directory / WEIGHTS, f"fingerprint {report['fingerprint']}", found, f"it was edited: {FIX}")
-    config = AutoConfig.from_pretrained(directory, local_files_only=True)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    cls: Any = model_class(config, directory)
-    with init_empty_weights(include_buffers=False):
-        model = cls._from_config(config, dtype=config.dtype, attn_implementation=attention_of(attention))
+    report = _checked_report(directory)
+    model = _empty_model(directory, attention)
+    cls, config = type(model), model.config
     compute = dtype or (compute_dtype() if config.dtype == torch.bfloat16 else config.dtype)
     with stored_tensors(directory / WEIGHTS) as tensors:
         ready = not dense and not trainable and device == "cpu"
@@ -166,11 +155,9 @@ def load(
     compute_in(model, compute, config.dtype)
     if dense:
         model.tie_weights()
-    empty = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
-    if empty:
-        raise CaloraError(directory / WEIGHTS, f"a tensor {empty[0]}", "none", FIX)
+    _check_filled(directory, model)
     model.__class__ = type(f"Compressed{cls.__name__}", (Compressed, cls), {})
-    model.calora_fingerprint, model.calora_tasks = found, {}
+    model.calora_fingerprint, model.calora_tasks = report["fingerprint"], {}
     kept = read_tensors(directory / KEPT, FIX) if (directory / KEPT).exists() else {}
     model.calora_origin = Origin(kept, report["layers_kept"])
     model.calora_tokenizer = load_tokenizer(directory)
@@ -181,6 +168,49 @@ def load(
         unpack(loaded, compute)
         loaded.calora_sides = Sides(linear_layers(loaded), read_together(loaded))
     return loaded
+
+
+def stored_form(path: str | Path) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model with its layers as they are stored, to read and not to compute with, and its compression.json.
+
+    Raises:
+        CaloraError: as `load`.
+    """
+    directory = Path(path)
+    report, model = _checked_report(directory), _empty_model(directory, "eager")
+    with stored_tensors(directory / WEIGHTS) as tensors:
+        build(model, report["layers"], tensors, report["tied"])
+    _check_filled(directory, model)
+    return model, report
+
+
+def _checked_report(directory: Path) -> dict[str, Any]:
+    """compression.json, if the weights are those that it describes."""
+    report = read_json(directory / REPORT, FIX)
+    if report.get("version") != VERSION:
+        found = f"version {report.get('version', 1)}"
+        raise CaloraError(directory / REPORT, f"version {VERSION}", found, f"another calora wrote it: {FIX}")
+    check_tensors(directory / WEIGHTS, FIX)
+    found = fingerprint(directory)
+    if found != report["fingerprint"]:
+        raise CaloraError(directory / WEIGHTS, f"fingerprint {report['fingerprint']}", found, f"it was edited: {FIX}")
+    return report
+
+
+def _empty_model(directory: Path, attention: str) -> Any:
+    """The model without its tensors."""
+    config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    cls: Any = model_class(config, directory)
+    with init_empty_weights(include_buffers=False):
+        return cls._from_config(config, dtype=config.dtype, attn_implementation=attention_of(attention))
+
+
+def _check_filled(directory: Path, model: PreTrainedModel) -> None:
+    empty = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    if empty:
+        raise CaloraError(directory / WEIGHTS, f"a tensor {empty[0]}", "none", FIX)
 
 
 def _generation(directory: Path) -> GenerationConfig:

@@ -67,6 +67,11 @@ def evaluated(task: str, recipe: str) -> Path:
     return Path("models/evaluated") / task / recipe
 
 
+def exported(task: str, recipe: str) -> Path:
+    """A folder for other runtimes."""
+    return Path("models/export") / task / recipe
+
+
 def small_lora(task: str) -> Path:
     """The LoRA on the small dense baseline."""
     return Path("models/small_lora") / task

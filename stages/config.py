@@ -63,6 +63,7 @@ TAKEN = (
     "written",
     "inherited",
     "evaluated",
+    "export",
 )
 
 
@@ -480,6 +481,16 @@ class Evaluate(Section):
     packed: list[str]
 
 
+class Export(Section):
+    """Folders for other runtimes."""
+
+    recipes: list[str]
+    kinds: Annotated[list[Literal["gguf", "peft"]], Field(min_length=1)]
+    adapter_type: Literal["BF16", "F16", "F32", "Q8_0"]
+    recovery: Literal["beside", "inside"]
+    requantise: Literal["Q8_0", "Q5_0", "Q4_0", "BF16", "F16", "F32"] | None
+
+
 class Params(Section):
     """All of params.yaml."""
 
@@ -497,6 +508,7 @@ class Params(Section):
     compress: dict[Name, Any]
     methods: dict[Name, Any]
     evaluate: Evaluate
+    export: Export
 
     @model_validator(mode="before")
     @classmethod
@@ -522,6 +534,7 @@ class Params(Section):
             ("tasks", self.tasks, list(self.data.sets)),
             ("recipes", self.recipes, list(self.compressions)),
             ("compare", self.compare, list(self.methods)),
+            ("export.recipes", self.export.recipes, self.recipes),
             ("evaluate.packed", self.evaluate.packed, list(self.methods)),
             ("evaluate", [self.evaluate.ours, self.evaluate.baseline], list(self.methods)),
         ):
@@ -530,6 +543,8 @@ class Params(Section):
                     raise ValueError(f"{kind} names '{name}'; known: {', '.join(known)}")
             if len(set(wanted)) < len(wanted):
                 raise ValueError(f"{kind} names one entry twice: {', '.join(wanted)}")
+        if self.export.recipes and self.evaluate.ours not in self.compare:
+            raise ValueError(f"export.recipes needs the adapters of evaluate.ours, '{self.evaluate.ours}', in compare")
         for name, entry in resolve(self.methods).items():
             if name in TAKEN:
                 raise ValueError(

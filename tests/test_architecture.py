@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "calora": {
         "calora", "torch", "transformers", "peft", "safetensors", "accelerate", "huggingface_hub", "tqdm", "numpy", "scipy",
         "lm_eval",  # the extra of that name, in calora/lm_eval.py alone
+        "gguf", "xllamacpp",
     },
     "stages": {"calora", "stages", "pydantic", "yaml", "torch", "transformers", "safetensors", "datasets", "huggingface_hub", "sklearn", "matplotlib", "peft", "pyarrow", "requests", "packaging"},
     "pipeline": {
@@ -46,7 +47,7 @@ def test_imports_go_one_way(package):
 
 FLOORS = (  # of calora, from the ground up: a room imports from the floors below it, and from itself
     {"errors"}, {"common"}, {"recovery", "models"}, {"layers"}, {"adapters", "evaluation", "formats", "taken"}, {"compression"},
-    {"saving", "inheritance", "distillation", "preview"}, {"compressed", "plugin"}, {"lm_eval"},
+    {"saving", "inheritance", "distillation", "preview"}, {"compressed", "plugin"}, {"device", "lm_eval"}, {"__main__"},
 )  # fmt: skip
 
 

@@ -61,6 +61,10 @@ def folder(tmp_path, monkeypatch):
         ("recipes", ["q9"], "q9"),
         ("tasks", ["toys"], "toys"),
         ("tasks", [], "tasks"),
+        ("export.recipes", ["q3"], r"export\.recipes names 'q3'; known: q8_up"),
+        ("export.kinds", ["onnx"], r"export\.kinds"),
+        ("export.requantise", "Q2_K", r"export\.requantise"),
+        ("methods.export", {"like": "clm"}, "models/export"),
         ("train.warmup", 6, "below steps"),
         ("seed", 1.5, "seed"),
     ],
@@ -79,6 +83,14 @@ def test_two_stages_of_one_name_are_refused(folder):
     change(folder, "recipes", ["q8", "q8-a"])
     change(folder, "compare", ["b", "a-b"])
     with pytest.raises(CaloraError, match=r"two stages 'toy-q8-a-b'"):
+        load_params()
+
+
+def test_what_is_exported_has_to_be_made(folder):
+    change(folder, "export.recipes", ["q8_up"])
+    load_params()
+    change(folder, "evaluate.ours", "paper")
+    with pytest.raises(CaloraError, match=r"export\.recipes needs the adapters of evaluate\.ours, 'paper', in compare"):
         load_params()
 
 

@@ -21,6 +21,7 @@ from calora.adapters.fold import fold
 from calora.adapters.folder import read_adapter, read_plain_lora, write_adapter
 from calora.adapters.lora import Adapter, attach_adapter, set_active
 from calora.common.versions import versions
+from calora.device.folder import read_folder
 from calora.errors import CaloraError
 from calora.models.families import family_of
 from calora.models.loading import load_model
@@ -330,6 +331,18 @@ def test_linear_bypass_folds_into_the_lora_exactly(project, tmp_path):
     adapter.meta["activation"] = "gelu"
     with pytest.raises(CaloraError, match="identity"):
         fold(adapter)
+
+
+def test_our_adapter_is_exported_and_scored(project, monkeypatch, capsys):
+    monkeypatch.chdir(project)
+    params = load_params()
+    params = params.model_copy(update={"export": params.export.model_copy(update={"kinds": ["peft"]})})
+    importlib.import_module("stages.export").main(params, "toy", "q8_up")
+    about = read_folder(project / "models/export/toy/q8_up")
+    score = about["adapters"]["toy"]["scores"]["peft"]
+    stored = json.loads((project / "results/toy/q8_up/scores/calora.json").read_text())["calora"]
+    assert score["torch"] == stored["accuracy"] and score["changed"] <= 1
+    assert f"peft: {score['accuracy']['value']:.4f}, torch {score['torch']:.4f}" in capsys.readouterr().out
 
 
 def test_an_adapter_of_ones_own_is_imported(project, tmp_path, monkeypatch):

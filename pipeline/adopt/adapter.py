@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,8 +27,8 @@ def look(text: str, name: str, base: Outline | None, own: Own, said: Said) -> En
     folder, fetched = _folder(text)
     files = adapter_files(folder)
     describe(text, folder, read_json(files[0], FIX), base, said)
-    files = (*files, *(folder / file for file in TOKENIZER if (folder / file).exists()))
-    placed = [own.file(file, Path("own") / f"{name}-lora", copy=fetched) for file in files]
+    tokenizer = (folder / file for file in TOKENIZER if (folder / file).exists())
+    placed = [own.file(file, Path("own") / f"{name}-lora", copy=fetched) for file in (*files, *tokenizer)]
     return {"path": placed[0].parent.as_posix(), "sha256": fingerprint(folder)}
 
 
@@ -44,9 +45,8 @@ def _folder(text: str) -> tuple[Path, bool]:
 
     found_id = hub_id(text, "model", "--adapter")
     where = f"--adapter {text}"
-    fetch = lambda: snapshot_download(
-        found_id.repo, revision=found_id.revision, allow_patterns=[CONFIG, LORA, MLX, *TOKENIZER]
-    )  # noqa: E731
+    files = [CONFIG, LORA, MLX, *TOKENIZER]
+    fetch = partial(snapshot_download, found_id.repo, revision=found_id.revision, allow_patterns=files)
     return Path(asked(where, fetch)), True
 
 

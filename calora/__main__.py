@@ -1,0 +1,104 @@
+"""`calora COMMAND`, or `python -m calora COMMAND`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before it is imported
+
+from calora.errors import CaloraError
+
+Act = Callable[[argparse.Namespace], Any]
+
+
+class Parser(argparse.ArgumentParser):
+    """One line for a mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with it."""
+        self.exit(2, f"error: {message}. Fix: {self.prog} --help\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code of a command; a user's mistake is said in one line."""
+    parser = Parser(prog="calora", description="Compressed models with CA-LoRA adapters.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, add in COMMANDS.items():
+        help_text = (add.__doc__ or "").strip()
+        command = commands.add_parser(name, help=help_text, description=help_text)
+        command.set_defaults(act=add(command))
+    chosen = parser.parse_args(arguments)
+    try:
+        return int(chosen.act(chosen) or 0)
+    except CaloraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
+
+
+def export(command: argparse.ArgumentParser) -> Act:
+    """A folder for other runtimes: base.gguf and a GGUF LoRA for each adapter (llama.cpp), or dense/ and PEFT folders (vLLM)."""
+    command.add_argument("base", help="folder of a compressed model")
+    command.add_argument(
+        "adapters",
+        nargs="*",
+        metavar="[NAME=]ADAPTER",
+        help="adapter folders; NAMEs for all of them, or none: then their tasks'",
+    )
+    command.add_argument("--out", required=True, help="the folder to write")
+    command.add_argument("--kind", nargs="+", default=["gguf"], help="gguf, peft or both (gguf)")
+    command.add_argument("--requantise", metavar="TYPE", help="round what has no exact type of GGUF, such as to Q8_0")
+    command.add_argument("--adapter-type", default="BF16", help="of the LoRAs in GGUF: BF16, F16, F32 or Q8_0 (BF16)")
+    command.add_argument(
+        "--recovery",
+        default="beside",
+        help="where the base's own recovery goes: beside the adapters, or inside (beside)",
+    )
+    command.add_argument(
+        "--test", nargs="+", default=[], metavar="NAME=FILE", help="jsonl with labelled rows, to score an adapter on"
+    )
+    command.add_argument("--threads", type=int, help="of llama.cpp, for the score")
+
+    def act(chosen: argparse.Namespace) -> None:
+        from calora.device.export import export
+        from calora.models.tasks import read_rows
+
+        named = [_pair("--test", text, "movies=data/movies/test.jsonl") for text in chosen.test]
+        tests = {name: read_rows(Path(file), "name a file with rows") for name, file in named}
+        about = export(
+            chosen.base, _adapters(chosen.adapters), chosen.out, kinds=chosen.kind, requantise=chosen.requantise,
+            adapter_type=chosen.adapter_type, recovery=chosen.recovery, tests=tests, threads=chosen.threads,
+        )  # fmt: skip
+        size = sum(entry["bytes"] for entry in about["files"].values())
+        print(
+            f"{chosen.out}: {len(about['files'])} files, {size / 1e6:.1f} MB; README.md says what is exact and what it scored"
+        )
+
+    return act
+
+
+def _adapters(texts: Sequence[str]) -> dict[str, str] | list[str]:
+    """NAME=FOLDER of each, or the folders."""
+    if not any("=" in text and not Path(text).exists() for text in texts):
+        return list(texts)
+    return dict(_pair("adapters", text, "movies=models/calora/movies/q3") for text in texts)
+
+
+def _pair(where: str, text: str, such_as: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not name or not equals or not value:
+        raise CaloraError(where, "NAME=PATH", repr(text), f"such as {such_as}")
+    return name, value
+
+
+COMMANDS = {"export": export}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""What an export scores against the torch model that it was made of, item by item."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from calora.compressed import load
+from calora.device.folder import ADAPTERS, BASE, DENSE, PEFT
+from calora.device.llama import Llama
+from calora.evaluation.predict import correct, predict
+from calora.evaluation.statistics import mean_interval, paired_difference
+from calora.models.loading import load_model
+from calora.models.tasks import Example, Row, Task, encode_all, positions
+
+BATCH = 16  # texts, of torch
+PROMPTS = 200  # whose tokens are compared, at most
+Hits = dict[str, list[int]]  # adapter -> whether each item is right
+
+
+def torch_hits(base: Path, adapters: Mapping[str, Path], examples: Mapping[str, Sequence[Example]]) -> Hits:
+    """Of the torch model: the dense view of the compressed base, with its adapter."""
+    model, found = load(base, dense=True), Hits()
+    for name in examples:
+        model.load_adapter(adapters[name], name)
+        model.set_adapter(name)
+        task = model.calora_tasks[name]
+        predictions = predict(model, task, model.calora_tokenizer, examples[name], BATCH, f"{name}: torch")
+        found[name] = [int(hit) for hit in correct(predictions, examples[name])]
+        model.unload_adapter(name)
+    return found
+
+
+def peft_hits(
+    folder: Path,
+    tasks: Mapping[str, Task],
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Mapping[str, Sequence[Example]],
+) -> Hits:
+    """Of dense/ and peft/NAME, loaded by transformers and PEFT alone."""
+    found = Hits()
+    for name in examples:
+        model: Any = PeftModel.from_pretrained(load_model(folder / DENSE), str(folder / PEFT / name)).get_base_model()
+        predictions = predict(model.eval(), tasks[name], tokenizer, examples[name], BATCH, f"{name}: PEFT")
+        found[name] = [int(hit) for hit in correct(predictions, examples[name])]
+    return found
+
+
+def llama_hits(
+    folder: Path,
+    about: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Mapping[str, Sequence[Example]],
+    rows: Mapping[str, Sequence[Row]],
+    threads: int | None = None,
+) -> tuple[Hits, dict[str, dict[str, int]]]:
+    """Of base.gguf and adapters/NAME.gguf in llama.cpp; and of how many prompts both tokenizers make the same ids."""
+    found, tokens = Hits(), dict[str, dict[str, int]]()
+    for name in examples:
+        entry = about["adapters"][name]
+        task = Task.from_json(entry["task"])
+        longest = max(len(example.prompt_ids) for example in examples[name]) + task.max_new_tokens + 1
+        llama = Llama(folder / BASE, {file: folder / file for file in entry["apply"]}, longest, threads)
+        predictions = llama.predict(task, entry["answer_ids"], examples[name], entry["apply"], f"{name}: llama.cpp")
+        found[name] = [int(hit) for hit in correct(predictions, examples[name])]
+        prompts = [task.render(row) for row in rows[name][:PROMPTS]]
+        same = sum(llama.tokenize(prompt) == tokenizer(prompt).input_ids for prompt in prompts)
+        tokens[name] = {"prompts": len(prompts), "same": same}
+        del llama
+        gc.collect()  # its server ends with it
+    return found, tokens
+
+
+def compared(ours: Sequence[int], torch: Sequence[int], draws: int, seed: int) -> dict[str, Any]:
+    """Accuracy of an export and of the torch model, the difference with its 95 % interval, and how many items changed."""
+    difference = paired_difference(ours, torch, draws, seed)
+    return {
+        "items": len(ours),
+        "accuracy": mean_interval(ours, draws, seed).to_json(),
+        "torch": round(sum(torch) / len(torch), 4),
+        "difference": difference.to_json(),
+        "changed": sum(a != b for a, b in zip(ours, torch, strict=True)),
+    }
+
+
+def encoded(
+    tasks: Mapping[str, Task], tokenizer: PreTrainedTokenizerBase, config: Any, rows: Mapping[str, Sequence[Row]]
+) -> dict[str, list[Example]]:
+    """The examples of each adapter's test rows."""
+    return {name: encode_all(tasks[name], tokenizer, rows[name], positions(config)) for name in rows}
+
+
+def adapter_file(name: str) -> str:
+    """Relative path of an adapter."""
+    return f"{ADAPTERS}/{name}.gguf"
