@@ -46,7 +46,8 @@ def _compress(steps: list[dict[str, dict[str, object]]], recipe: str) -> None:
     examples = read_calibration(tokenizer)
     tuned = any((options or {}).get("tune") for step in steps for options in step.values())
     tuning = read_calibration(tokenizer, TUNING) if tuned else []
-    noted = read_json(TAKEN / f"{recipe}.json", "run `dvc repro taken`")["files"]
+    takes = any("take" in step for step in steps)
+    noted = read_json(TAKEN / f"{recipe}.json", "run `dvc repro taken`")["files"] if takes else {}
     parts = (steps, fingerprint(BASE), fingerprint_of(examples), code_digest(), compute_dtype(), noted)
     unfinished = CHECKPOINTS / compressed(recipe)
     key = hashlib.sha256(repr(parts).encode()).hexdigest()
