@@ -21,7 +21,7 @@ from calora.compression import compress
 from calora.compression.gptq import gptq
 from calora.compression.prune import keep_highest, keep_n_of_m
 from calora.compression.sparsegpt import sparsegpt
-from calora.compression.surgeon import inverse_factor
+from calora.compression.surgeon import DAMPING, inverse_factor
 from calora.compression.walk import Calibration, Change, each_block
 from calora.errors import CaloraError
 from calora.inheritance.inherit import random_bypasses
@@ -202,7 +202,7 @@ def test_sweep_is_the_greedy_optimum_of_its_papers(group):
     """Against the equations applied naively: the inverse of the remaining Hessian, anew at every column."""
     weight, x = correlated()
     moment = x.T @ x
-    hessian = moment.double() + 0.01 * moment.diagonal().mean() * torch.eye(len(moment), dtype=torch.float64)
+    hessian = moment.double() + DAMPING * moment.diagonal().mean() * torch.eye(len(moment), dtype=torch.float64)
     size = moment.diagonal().tolist()
     groups = [list(range(start, start + group)) for start in range(0, 32, group)]
     groups.sort(key=lambda inputs: -sum(size[i] for i in inputs))
