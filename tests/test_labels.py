@@ -236,8 +236,9 @@ def test_a_wrong_value_is_named(tmp_path, key, value, said):
 def test_what_the_entries_mean():
     methods = resolve(load_params(ROOT / "params.yaml").methods)
     whole = methods["calora"]
-    assert methods["calora_free"] == {"start": whole["start"], "loss": None}
-    assert methods["calora_unlabelled"] == {"start": whole["start"], "loss": {**whole["loss"], "labels": 0}}
+    assert methods["calora_free"] == {"start": whole["start"], "loss": None, "texts": "task"}
+    unlabelled = {"start": whole["start"], "loss": {**whole["loss"], "labels": 0}, "texts": "task"}
+    assert methods["calora_unlabelled"] == unlabelled
     assert whole["loss"]["labels"] == methods["no_recover"]["loss"]["labels"] == "all"
     looks = [(look.colour, look.marker) for look in LOOKS.values()]
     assert {"clm_calora_free", "clm_calora_unlabelled", "clm_calora_scales", "clm_no_recover"} <= set(LOOKS) and len(
