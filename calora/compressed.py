@@ -26,7 +26,7 @@ from calora.models.anatomy import linear_layers
 from calora.models.loading import attention_of, compute_dtype, load_tokenizer, model_class
 from calora.models.moments import read_together
 from calora.models.tasks import Task, encode_all, positions
-from calora.models.uniform import uniform
+from calora.models.uniform import uniform, was_conv1d
 from calora.recovery.beside import Sides
 from calora.recovery.shared import unpack
 from calora.saving import KEPT, REPORT, VERSION, WEIGHTS
@@ -90,11 +90,15 @@ class Compressed(OneToken, PreTrainedModel):
         """Refused where layers are in the form that a CPU computes with, or use a task's scales: it is not the stored one.
 
         Raises:
-            CaloraError: the model was loaded packed.
+            CaloraError: the model was loaded packed, or is a GPT-2.
         """
         if any(prepared(module) for module in self.modules()):
             fix = "copy the folder that it was loaded from, or load it with dense=True"
             found = "the form that a CPU computes with, or to train on, or a task's scales"
+            raise CaloraError("save_pretrained", "layers in their stored form", found, fix)
+        if was_conv1d(self):  # transformers would read the weights of linear layers as those of Conv1D: transposed
+            found = f"linear layers, which are Conv1D in transformers' {self.config.model_type}"
+            fix = "copy the folder that it was loaded from"
             raise CaloraError("save_pretrained", "layers in their stored form", found, fix)
         super().save_pretrained(*args, **kwargs)
 

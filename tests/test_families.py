@@ -340,6 +340,8 @@ def test_nf4_of_a_model_with_linear_layers_outside_its_blocks_loads_in_plain_tra
 @pytest.mark.parametrize("recipe", ["sp", "layers", "m", "q8_up", "nf4"])
 def test_a_model_of_conv1d_layers_loads_in_plain_transformers(bases, tmp_path, recipe):
     check_plain(bases("GPT-2"), RECIPES[recipe], tmp_path)
+    with pytest.raises(CaloraError, match="linear layers, which are Conv1D in transformers' gpt2"):
+        load(tmp_path / "out", dense=True).save_pretrained(tmp_path / "again")
 
 
 def check_plain(base: Base, recipe, folder: Path) -> None:
