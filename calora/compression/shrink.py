@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from calora.common.batching import equal_length_batches
 from calora.common.leastsquares import compensated
 from calora.compression.options import FIX, Plan, one_of, share
-from calora.compression.walk import BATCH, Block, Change
+from calora.compression.walk import Block, Change
 from calora.errors import CaloraError
 from calora.layers.layout import dense_layer, rows_of
 from calora.models.anatomy import (
@@ -35,7 +35,7 @@ from calora.models.anatomy import (
     with_sizes,
 )
 from calora.models.families import family_of
-from calora.models.moments import as_read
+from calora.models.moments import BATCH, as_read
 from calora.models.tasks import Example
 
 MULTIPLE = 64  # neurons are kept in whole multiples of this (or of all of them, where there are fewer): kernels like it

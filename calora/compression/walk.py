@@ -20,17 +20,14 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from calora.common.batching import equal_length_batches, length_batches
 from calora.common.progress import progress
 from calora.common.tensors import each_once, write_tensors
 from calora.errors import CaloraError
 from calora.layers.layout import dense_weight, restore, store
 from calora.models.anatomy import block_layers, stacks
 from calora.models.families import family_of
-from calora.models.moments import as_read
+from calora.models.moments import as_read, batches_of, real
 from calora.models.tasks import Example
-
-BATCH = 32  # calibration texts that go through a block together
 
 
 @dataclass(frozen=True)
@@ -118,16 +115,6 @@ class Recorded:
     hidden: list[Tensor]
     masks: list[list[Tensor]]
     calls: list[list[Call]]
-
-
-def real(x: Tensor, masks: Sequence[Tensor]) -> Tensor:
-    """The values at real tokens, [tokens, ...], of x [B, T, ...], or [B T, H] as some feed-forwards flatten it."""
-    for mask in masks:
-        if mask.shape == x.shape[:2]:
-            return x[mask]
-        if x.ndim == 2 and len(x) == mask.numel():
-            return x[mask.flatten()]
-    return x.flatten(0, -2)
 
 
 class Block:
@@ -353,12 +340,10 @@ def _record(model: PreTrainedModel, stack: str, examples: Sequence[Example]) -> 
         return hook
 
     handles = [block.register_forward_pre_hook(watch(i), with_kwargs=True) for i, block in enumerate(blocks)]
-    family, lengths = family_of(model), [len(e.prompt_ids) for e in examples]
-    # The masks of two stacks may be of one shape, so that no shape says which one counts: then nothing is padded.
-    batches = equal_length_batches if model.config.is_encoder_decoder else length_batches
+    family = family_of(model)
     try:
         with torch.no_grad():
-            for indices in batches(lengths, BATCH):
+            for indices in batches_of(model, examples):
                 batch = family.collate([as_read(model, examples[i]) for i in indices], model)
                 recorded.masks.append(list(batch.masks.values()))
                 family.forward(model, batch, torch.tensor([0]))

@@ -173,13 +173,14 @@ def inherit(
         return adapter, report
     whole = needed(reference, calibration, "a warm start" if warm else f"the LoRA on {min(refit)}, which lost inputs")
     errors: dict[str, list[float]] = {}
+    layers = linear_layers(whole)
     with taught(whole, teacher if lora == "inherited" else None):
         for key, moment in moments_of(whole, sorted({*refit, *warm}), origin, calibration, "warm start"):
             if key in refit:
                 a = teacher.lora[f"{origin.source(key)}.lora_A.weight"]
                 adapter.lora[f"{key}.lora_A.weight"] = origin.fit_columns(key, a, moment)
             if key in warm and bypass:
-                lost = weighted_error(whole, key, warm[key], origin, moment)
+                lost = weighted_error(layers, key, warm[key], origin, moment)
                 start, errors[key] = _warm_start(ranks.get(key, 0), bypass.activation, *lost)
                 adapter.recovery |= {f"{key}.{part}": tensor for part, tensor in start.items()}
     return adapter, replace(report, errors=errors)
@@ -247,13 +248,16 @@ def moments_of(
 
 
 def weighted_error(
-    reference: PreTrainedModel, key: str, layer: nn.Linear, origin: Origin, moment: Tensor
+    reference: Mapping[str, nn.Linear], key: str, layer: nn.Linear, origin: Origin, moment: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(X^T X [in, in], W, E = W - W_c [out, in]) of a layer, in the shape of the compressed one.
 
     Where inputs were cut, W is the best that the remaining ones can do.
+
+    Args:
+        reference: the uncompressed model's layers.
     """
-    whole = linear_layers(reference)[origin.source(key)]
+    whole = reference[origin.source(key)]
     weight, columns = origin.slice_rows(key, whole.weight.detach().float()), origin.columns(key)
     if columns is not None:
         weight, moment = compensated(weight, moment, columns), moment[columns][:, columns]

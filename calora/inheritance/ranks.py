@@ -13,6 +13,7 @@ from calora.adapters.lora import Adapter, check_targets
 from calora.adapters.origin import Origin
 from calora.errors import CaloraError
 from calora.inheritance.inherit import WHOLE, Bypass, moments_of, needed, taught, weighted_error
+from calora.models.anatomy import linear_layers
 from calora.models.tasks import Example
 from calora.recovery.budget import Spectrum, share_out
 from calora.recovery.warmstart import correction_rank, weighted_size
@@ -55,11 +56,12 @@ def share_ranks(
     Bypass(targets, 2, activation, "weighted_error")  # it checks the activation
     layers, step = check_targets(model, targets, 1), 2 // correction_rank(2, activation)
     whole, spectra = needed(reference, calibration, "a budget"), dict[str, Spectrum]()
+    reference_layers = linear_layers(whole)
     with taught(whole, teacher):
         for key, moment in moments_of(whole, sorted(layers), origin, calibration, "spectra"):
             widths = layers[key].in_features, layers[key].out_features
             sizes = (stored_bytes(key, *widths, rank, format) for rank in range(0, min(widths) + 1, step))
-            moment, weight, error = weighted_error(whole, key, layers[key], origin, moment)
+            moment, weight, error = weighted_error(reference_layers, key, layers[key], origin, moment)
             costs = [more - less for less, more in pairwise(sizes)]
             spectra[key] = Spectrum.of(error, moment, weighted_size(weight, moment) ** 2 / sum(widths), costs)
     least = min((one.bytes[0] + HEADER for one in spectra.values() if one.runs()), default=0)

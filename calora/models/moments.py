@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from calora.common.batching import equal_length_batches
+from calora.common.batching import equal_length_batches, length_batches
 from calora.common.progress import progress
 from calora.errors import CaloraError
 from calora.models.anatomy import linear_layers
 from calora.models.families import family_of
 from calora.models.tasks import Example
 
+BATCH = 32  # texts that go through the model together
 MOMENT_BYTES = 2**30  # second moments held at once; wider models take more passes instead of more memory
 
 
@@ -26,6 +27,23 @@ def as_read(model: PreTrainedModel, example: Example) -> Example:
     ids = example.prompt_ids
     at = max(1, len(ids) // 2) if model.config.is_encoder_decoder else len(ids)
     return Example(ids[:at], ids[at:])
+
+
+def real(x: Tensor, masks: Sequence[Tensor]) -> Tensor:
+    """The values at real tokens, [tokens, ...], of x [B, T, ...], or [B T, H] as some feed-forwards flatten it."""
+    for mask in masks:
+        if mask.shape == x.shape[:2]:
+            return x[mask]
+        if x.ndim == 2 and len(x) == mask.numel():
+            return x[mask.flatten()]
+    return x.flatten(0, -2)
+
+
+def batches_of(model: PreTrainedModel, examples: Sequence[Example]) -> list[list[int]]:
+    """Indices of calibration texts that go through the model together."""
+    # The masks of two stacks may be of one shape, so that no shape says which one counts: then nothing is padded.
+    batches = equal_length_batches if model.config.is_encoder_decoder else length_batches
+    return batches([len(e.prompt_ids) for e in examples], BATCH)
 
 
 def input_square_sums(model: PreTrainedModel, examples: Sequence[Example]) -> dict[str, Tensor]:
@@ -84,11 +102,16 @@ def _accumulate(
     if not examples:
         raise CaloraError("calibration", "at least one text", "none", "give some")
     sums: dict[str, Tensor] = {}
+    masks: list[Tensor] = []
+    readers: dict[int, tuple[str, Tensor]] = {}  # id of an input -> the first layer that read it, in this batch
+    leader: dict[str, str] = {}
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            value = statistic(args[0].detach().flatten(0, -2).float())  # of x: [tokens, in]
-            sums[name] = sums[name] + value if name in sums else value
+            leader.setdefault(name, readers.setdefault(id(args[0]), (name, args[0]))[0])
+            if leader[name] == name:
+                value = statistic(real(args[0].detach(), masks).float())  # of x: [tokens, in]
+                sums[name] = sums[name].add_(value) if name in sums else value
 
         return hook
 
@@ -96,14 +119,15 @@ def _accumulate(
     try:
         family = family_of(model)
         with torch.no_grad():
-            # Equal lengths: a padded position would count as an input.
-            batches = equal_length_batches([len(e.prompt_ids) for e in examples], 16)
-            for indices in progress(batches, title, "batches"):
+            for indices in progress(batches_of(model, examples), title, "batches"):
                 batch = family.collate([as_read(model, examples[i]) for i in indices], model)
+                masks[:] = batch.masks.values()
                 family.forward(model, batch, torch.tensor([0]))
+                readers.clear()
     finally:
         for handle in handles:
             handle.remove()
+    sums = {name: sums[leader[name]] for name in layers if name in leader}
     silent = sorted(set(layers) - set(sums))
     if silent:
         raise CaloraError("calibration", "an input for every linear layer", f"none for {silent[0]}", "check the base")
