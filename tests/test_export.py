@@ -212,8 +212,6 @@ def test_what_no_type_holds_is_refused_and_can_be_rounded():
         assert relative_error(rounded(values, "Q8_0"), values) < (0.01 if said != "fp16 rounds" else 2.0)
     with pytest.raises(NoExactType, match="groups of 48"):
         packed(torch.ones(4, 48, dtype=torch.int8), torch.ones(4, 1), gguf.GGMLQuantizationType.Q8_0)
-    with pytest.raises(CaloraError, match="requantise: expected one of Q8_0"):
-        rounded(dense, "Q2_K")
     with pytest.raises(CaloraError, match="multiple of 32"):
         rounded(dense[:, :40], "Q4_0")
 
@@ -395,6 +393,8 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path, int8, monkeypatch):
         ({"kinds": []}, "kinds"),
         ({"adapter_type": "Q4_0"}, "adapter_type"),
         ({"recovery": "above"}, "recovery"),
+        ({"requantise": "Q2_K"}, "requantise: expected one of Q8_0"),
+        ({"tests": {"toy": [{"text": "x"}]}, "kinds": ["peft"]}, "tests of toy, row 1: expected a label or an answer"),
         ({"tests": {"nobody": []}, "kinds": ["peft"]}, "tests: expected names among toy"),
     ):
         with pytest.raises(CaloraError, match=said):

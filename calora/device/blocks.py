@@ -139,13 +139,11 @@ def plain(tensor: Tensor) -> Blocks:
 
 
 def rounded(tensor: Tensor, name: str) -> Blocks:
-    """A matrix [out, in] in another type, each value to its nearest.
+    """A matrix [out, in] in another type, one of `REQUANTISED`, each value to its nearest.
 
     Raises:
-        CaloraError: `requantise` names none of `REQUANTISED`, or its blocks do not divide the rows.
+        CaloraError: its blocks do not divide the rows.
     """
-    if name not in REQUANTISED:
-        raise CaloraError("requantise", f"one of {', '.join(REQUANTISED)}", name, "choose one of them")
     kind = Type[name]
     if tensor.shape[1] % gguf.GGML_QUANT_SIZES[kind][0]:
         expected = f"rows of a multiple of {BLOCK} inputs for {name}"

@@ -19,7 +19,7 @@ from calora.common.versions import versions
 from calora.compressed import stored_form
 from calora.device import folder as layout
 from calora.device.architecture import Architecture
-from calora.device.blocks import count_types
+from calora.device.blocks import REQUANTISED, count_types
 from calora.device.card import export_card
 from calora.device.dense import dtype_of, write_dense
 from calora.device.llama import library
@@ -103,7 +103,7 @@ def export(
         CaloraError: an argument is none of these, a file is broken, an adapter is another base's or not linear, a layer has
             no exact type, llama.cpp has no such architecture or tokenizer, or tests are given and xllamacpp is not installed.
     """
-    _check(Path(out), kinds, adapter_type, recovery)
+    _check(Path(out), kinds, adapter_type, recovery, requantise)
     if tests and "gguf" in kinds:
         library()
     source = read_source(Path(base), adapters)
@@ -123,11 +123,12 @@ def export(
     return about
 
 
-def _check(out: Path, kinds: Sequence[str], adapter_type: str, recovery: str) -> None:
+def _check(out: Path, kinds: Sequence[str], adapter_type: str, recovery: str, requantise: str | None) -> None:
     for name, found, known in (
         ("kinds", kinds, KINDS),
         ("adapter_type", [adapter_type], tuple(ADAPTER_TYPES)),
         ("recovery", [recovery], PLACES),
+        ("requantise", [requantise or REQUANTISED[0]], REQUANTISED),
     ):
         wrong = [one for one in found if one not in known]
         if wrong or not found:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from calora.compressed import load
 from calora.device.folder import ADAPTERS, BASE, DENSE, PEFT
 from calora.device.llama import Llama
+from calora.errors import CaloraError
 from calora.evaluation.predict import correct, predict
 from calora.evaluation.statistics import mean_interval, paired_difference
 from calora.models.loading import load_model
@@ -91,8 +92,19 @@ def compared(ours: Sequence[int], torch: Sequence[int], draws: int, seed: int) -
 def encoded(
     tasks: Mapping[str, Task], tokenizer: PreTrainedTokenizerBase, config: Any, rows: Mapping[str, Sequence[Row]]
 ) -> dict[str, list[Example]]:
-    """The examples of each adapter's test rows."""
-    return {name: encode_all(tasks[name], tokenizer, rows[name], positions(config)) for name in rows}
+    """The examples of each adapter's test rows.
+
+    Raises:
+        CaloraError: a row has no label or answer.
+    """
+    found = {name: encode_all(tasks[name], tokenizer, rows[name], positions(config)) for name in rows}
+    for name, examples in found.items():
+        missing = [place for place, one in enumerate(examples, 1) if one.label < 0 and not one.references]
+        if missing:
+            raise CaloraError(
+                f"tests of {name}, row {missing[0]}", "a label or an answer", "neither", "name a labelled file"
+            )
+    return found
 
 
 def adapter_file(name: str) -> str:
