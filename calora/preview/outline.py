@@ -16,6 +16,7 @@ from calora.models.anatomy import check_known, linear_layers, stacks
 from calora.models.families import Classifier, family_of
 from calora.models.loading import load_tokenizer, model_class
 from calora.models.tasks import positions
+from calora.models.uniform import uniform
 
 GGUF = ".gguf"
 
@@ -97,13 +98,14 @@ def outline(path: Path) -> Outline:
     """The outline of a model folder (its weights may be missing), or of a GGUF file.
 
     Raises:
-        CaloraError: it is no model that calora compresses: the configuration, an encoder, Conv1D, experts.
+        CaloraError: it is no model that calora compresses: the configuration, an encoder, experts.
     """
     model = _of_gguf(path) if path.suffix == GGUF else _of_folder(path)
     if isinstance(family_of(model), Classifier) or model.get_output_embeddings() is None:
         found = f"{type(model).__name__}, which writes no text"
         raise CaloraError(path, "a language model, decoder-only or encoder-decoder", found, "name another base")
     model.tie_weights()
+    uniform(model)
     check_known(model)
     return Outline(model, _tokenizer(path))
 
@@ -113,10 +115,8 @@ def _of_folder(path: Path) -> PreTrainedModel:
     if not file.exists():
         raise CaloraError(path, "a model folder with config.json", "none", "name the folder that save_pretrained wrote")
     config = _read(file, lambda: AutoConfig.from_pretrained(path, local_files_only=True))
-    if getattr(config, "quantization_config", None):
-        method = dict(config.quantization_config).get("quant_method", "unknown")
-        fix = "name the uncompressed model that it was made from"
-        raise CaloraError(file, "an uncompressed model", f"one that is quantised already ({method})", fix)
+    if hasattr(config, "quantization_config"):  # its dense view is what would stand for the base
+        del config.quantization_config
     cls: Any = model_class(config, path)
     model: PreTrainedModel = _read(file, lambda: _empty(cls, config))
     return model
