@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from calora.device.catalogue import Model
 from calora.device.engine import Engine
@@ -89,7 +90,7 @@ async def _of_one_token(engine: Engine, model: Model, prompt: Sequence[int], ids
     bias = [[token, ONLY] for token in ids]
     asked = {**PLAINLY, "prompt": list(prompt), "logit_bias": bias, "n_probs": len(ids), "post_sampling_probs": True}
     said = await engine.ask("/completion", asked, model.apply)
-    found = {one["id"]: float(one["prob"]) for one in said["completion_probabilities"][0]["top_probs"]}
+    found = {one["id"]: float(one["prob"]) for one in _of_first(said)["top_probs"]}
     total = sum(found.get(token, 0.0) for token in ids)
     return [found.get(token, 0.0) / total for token in ids]
 
@@ -100,8 +101,17 @@ async def _likelihood(engine: Engine, model: Model, task: Task, prompt: Sequence
     for place, token in enumerate(ids):
         asked = {"prompt": [*prompt, *ids[:place]], "logit_bias": [[token, ONLY]], "n_probs": 1}
         said = await engine.ask("/completion", {**PLAINLY, **asked}, model.apply)
-        logs.append(float(said["completion_probabilities"][0]["logprob"]))  # before the bias
+        logs.append(float(_of_first(said)["logprob"]))  # before the bias
     return sum(logs) / (len(logs) if task.likelihood == "mean" else 1)
+
+
+def _of_first(said: Mapping[str, Any]) -> dict[str, Any]:
+    """What llama.cpp tells of the first token; of half a character it tells nothing."""
+    told: list[dict[str, Any]] = said.get("completion_probabilities") or []
+    if not told:
+        fix = "choose other answers, or `calora.load`"
+        raise CaloraError("an answer", "tokens of whole characters", "a part of one", fix)
+    return told[0]
 
 
 def softmax(values: Sequence[float]) -> list[float]:

@@ -69,12 +69,14 @@ async def _run(server: uvicorn.Server, bound: socket.socket, engine: LlamaEngine
 
 def _bind(host: str, port: int) -> socket.socket:
     """Before the model is loaded, so that a taken port is said at once."""
+    if not 0 <= port < 2**16:
+        raise CaloraError("--port", "a port: 0 to 65535", port, "correct it")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise CaloraError(
             f"{host}, port {port}", "an address that is free", first_line(error), "name another --port"
         ) from None
