@@ -831,7 +831,12 @@ def test_a_prompt_that_is_too_long_is_refused(folder):
             with pytest.raises(Refused, match="context") as told:
                 await work
             assert told.value.status == 400
-        assert await engine.healthy()
+        for _ in range(110):  # more than llama.cpp answers on one connection
+            assert await engine.tokenize("x")
+        engine.client.base_url = "http://127.0.0.1:9"
+        with pytest.raises(Refused, match="does not answer") as told:
+            await engine.tokenize("x")
+        assert told.value.status == 503 and not await engine.healthy()
         await engine.close()
         assert not await engine_is_up(engine)
 

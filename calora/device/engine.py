@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import httpx
 
 from calora.device.runtime import start
+from calora.errors import first_line
 
 
 class Refused(Exception):
@@ -66,10 +67,11 @@ class LlamaEngine:
     ) -> None:
         self.names = list(loras)
         self.server, key = start(base, loras, context, slots, threads)
-        # No time limit here: those of the requests are the proxy's, which closes the connection.
+        # No time limit here: those of the requests are the proxy's, which closes the connection. A connection of its own for
+        # each request: one that is kept may be closed by llama.cpp (after 100 requests, or 5 s) just as it is used again.
         self.client = httpx.AsyncClient(
             base_url=self.server.listening_address, headers={"Authorization": f"Bearer {key}"}, timeout=None,
-            trust_env=False,
+            trust_env=False, limits=httpx.Limits(max_keepalive_connections=0),
         )  # fmt: skip
 
     def _with(self, body: Mapping[str, Any], on: Sequence[str]) -> dict[str, Any]:
@@ -80,7 +82,11 @@ class LlamaEngine:
 
     async def ask(self, path: str, body: Mapping[str, Any], on: Sequence[str]) -> dict[str, Any]:
         """See `Engine`."""
-        return _read(await self.client.post(path, json=self._with(body, on)))
+        return await self._post(path, self._with(body, on))
+
+    async def _post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        with _reached():
+            return _read(await self.client.post(path, json=body))
 
     @asynccontextmanager
     async def stream(
@@ -88,16 +94,17 @@ class LlamaEngine:
     ) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
         """See `Engine`."""
         asked = {**self._with(body, on), "stream": True}
-        async with self.client.stream("POST", path, json=asked) as answer:
-            if answer.status_code != 200:
-                await answer.aread()
-                _read(answer)
-            yield _events(answer)
+        with _reached():
+            async with self.client.stream("POST", path, json=asked) as answer:
+                if answer.status_code != 200:
+                    await answer.aread()
+                    _read(answer)
+                yield _events(answer)
 
     async def tokenize(self, text: str, special: bool = True) -> list[int]:
         """See `Engine`."""
         asked = {"content": text, "add_special": special, "parse_special": True}
-        found: list[int] = _read(await self.client.post("/tokenize", json=asked))["tokens"]
+        found: list[int] = (await self._post("/tokenize", asked))["tokens"]
         return found
 
     async def healthy(self) -> bool:
@@ -111,6 +118,14 @@ class LlamaEngine:
         """See `Engine`."""
         await self.client.aclose()
         self.server = None  # it ends with its last reference
+
+
+@contextmanager
+def _reached() -> Iterator[None]:
+    try:
+        yield
+    except httpx.HTTPError as error:
+        raise Refused(503, f"it does not answer: {first_line(error)}") from None
 
 
 def _read(answer: httpx.Response) -> dict[str, Any]:
