@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from calora.common.files import fingerprint, whole_directory, write_json
@@ -47,8 +47,8 @@ def save(model: PreTrainedModel, report: Report, directory: Path, base: Path) ->
     theirs = not model._keep_in_fp32_modules and not turned and covers(model, report)
     format = quantization_config(told, theirs)
     tensors = stored_as(format, tensors, tied)
-    for layer in as_conv1d(turned, told["layers"], plain=format is None):
-        tensors[f"{layer}.weight"] = tensors[f"{layer}.weight"].T.contiguous()
+    conv1d = {f"{layer}.weight" for layer in as_conv1d(turned, told["layers"], plain=format is None)}
+    tensors = transposed(tensors, conv1d)
     config = json.loads((base / "config.json").read_text(encoding="utf-8")) | sizes(model)
     config.pop("torch_dtype", None)  # as transformers 4 called it
     config["dtype"] = str(model.dtype).removeprefix("torch.")  # what is stored, whatever the base came in
@@ -57,7 +57,7 @@ def save(model: PreTrainedModel, report: Report, directory: Path, base: Path) ->
             for file in base.glob(pattern):
                 shutil.copyfile(file, scratch / file.name)
         write_json(scratch / "config.json", config | ({"quantization_config": format} if format else {}))
-        pieces = (stored_as(format, piece, {}) for piece in blocks_of(model).states())
+        pieces = (transposed(stored_as(format, piece, {}), conv1d) for piece in blocks_of(model).states())
         write_pieces(scratch / WEIGHTS, tensors, pieces)
         if report.kept:
             write_tensors(scratch / KEPT, report.kept)
@@ -70,6 +70,11 @@ def save(model: PreTrainedModel, report: Report, directory: Path, base: Path) ->
             "fingerprint": fingerprint(scratch),
         }
         write_json(scratch / REPORT, {**total, **told})
+
+
+def transposed(tensors: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
+    """The tensors, those of `names` transposed."""
+    return {name: tensor.T.contiguous() if name in names else tensor for name, tensor in tensors.items()}
 
 
 def as_conv1d(turned: Sequence[str], layers: dict[str, dict[str, Any]], plain: bool) -> list[str]:

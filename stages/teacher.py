@@ -65,7 +65,6 @@ def as_peft_has_it(config: Any, model: Any) -> Any:
 
 def take_imported(params: Params, task: Task, theirs: Path, model: Any) -> None:
     """The user's own adapter, checked against the base, scored on it, and carried over where a LoRA can."""
-    only_first_goes_on()
     tokenizer = load_tokenizer(BASE)
     rows = read_split(task.name, "train")
     adapter = import_adapter(theirs, model, tokenizer, [task.render(row) for row in rows])
@@ -83,6 +82,7 @@ def take_imported(params: Params, task: Task, theirs: Path, model: Any) -> None:
         lora = adapter
         with_lora(model, lora, task.name)
     scores["adapter"] = scorer(model, task, tokenizer, params)()
+    only_first_goes_on()
     as_peft_has_it(lora.config, model)
     card, notes = plain_card(task, str(BASE)), {FILE: versions(), IMPORTED: about}
     write_adapter(teacher(task.name), lora, str(BASE), card, torch.bfloat16, notes)

@@ -50,7 +50,7 @@ from calora.recovery.shared import shared_of
 from calora.saving import save
 from tests.conftest import toy_rows
 
-TASK = Task("toy", "Review: {text}\nSentiment:", ("negative", "positive"), 64, 4)
+TASK = Task("toy", "Review: {text}\nSentiment:", ("n", "p"), 64, 4)
 INT8 = {"quantize": {"format": "int8", "embeddings": "int8"}}
 INT4 = {"quantize": {"format": "int4", "group": 32, "symmetric": True, "embeddings": "int8"}}
 INT3 = {"quantize": {"format": "int3", "group": 64, "symmetric": False, "embeddings": "int4"}}

@@ -388,5 +388,5 @@ def test_the_same_run_gives_the_same_scales(bases):
 
 
 def test_scales_are_not_trained_on_packed_layers(bases):
-    with pytest.raises(CaloraError, match="distill: expected the dense view of a model, found packed layers"):
+    with pytest.raises(CaloraError, match="distill: expected a model that can be trained on, found packed layers"):
         trained(bases["int4"], dense=False)

@@ -109,6 +109,10 @@ def export(
     source = read_source(Path(base), adapters)
     if unknown := sorted(set(tests or {}) - set(source.adapters)):
         raise CaloraError("tests", f"names among {', '.join(source.adapters)}", unknown[0], "name an adapter")
+    for name in tests or {} if "gguf" in kinds else {}:
+        if source.tasks[name].scored and not source.tasks[name].answer_token_ids(source.tokenizer):
+            expected = "answers of one token each, the same for every row: llama.cpp is asked for the next token"
+            raise CaloraError(f"tests of {name}", expected, "others", "leave its tests out; the score in torch stands")
     with whole_directory(Path(out)) as scratch:
         about = _about(source)
         if "gguf" in kinds:
@@ -184,7 +188,7 @@ def _about(source: Source) -> dict[str, Any]:
         "adapters": {
             name: {
                 "file": None, "apply": [], "type": None, "peft": None, "task": task.to_json(),
-                "answer_ids": task.answer_token_ids(source.tokenizer) if task.scored else [], "scores": {},
+                "answer_ids": task.answer_token_ids(source.tokenizer) or [], "scores": {},
             }
             for name, task in source.tasks.items()
         },

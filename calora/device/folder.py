@@ -18,7 +18,7 @@ The last two are there with the kind `peft`, the four before with the kind `gguf
     files                relative path -> bytes, sha256; of all files but README.md and manifest.json
     base                 file, types (GGUF type -> tensors), rounded (layer -> was, type, error; empty: all exact), apply
     adapters             NAME -> file, apply, type, peft, task (name, prompt, answers, max_tokens, max_new_tokens),
-                         answer_ids (the first token of each answer), scores (by kind; see `calora.device.score`)
+                         answer_ids (the token of each answer; none where they are of several or a row's own), scores (by kind; see `calora.device.score`)
 
 `apply` are the LoRA files that have to be on, at scale 1, all others off: of the base alone, or for an adapter. Both GGUF
 files of a pair have `calora.base_fingerprint` and `calora.compressed_fingerprint` in their metadata.

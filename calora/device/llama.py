@@ -75,7 +75,7 @@ class Llama:
         """Answer every example: by the highest of the answers' logits (scored), or by greedy generation.
 
         Args:
-            answer_ids: the first token of each answer; empty for a generated task.
+            answer_ids: the token of each answer; empty for a generated task.
         """
         predictions = Predictions([], [])
         only = {"logit_bias": [[token, ONLY] for token in answer_ids]} if task.scored else {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import nn
 from calora.compression import STEPS, Recipe, check_recipe
 from calora.compression.quantize import Scheme
 from calora.layers.packed import BITS
-from calora.models.anatomy import check_known, feed_forward, heads, stacks
+from calora.models.anatomy import check_known, feed_forward, heads, stacks, words_of_all
 from calora.preview.outline import Outline
 
 NF4_TABLES = 1250  # bytes beside the codes of each nf4 layer, bitsandbytes' own
@@ -76,14 +76,14 @@ def preview(outline: Outline, recipe: Recipe) -> Preview:
 
 def _layers(outline: Outline, options: Mapping[str, Any]) -> float:
     """Bytes of the linear layers."""
-    left = _left(outline, options.get("shrink"))
+    left, words = _left(outline, options.get("shrink")), words_of_all(outline.model)
     return sum(
-        left.get(name, 1.0) * layer.weight.numel() * bits(layer, name, options) / 8
+        left.get(name, 1.0) * layer.weight.numel() * bits(layer, name, words[name], options) / 8
         for name, layer in outline.layers.items()
     )
 
 
-def bits(layer: nn.Linear, name: str, options: Mapping[str, Any]) -> float:
+def bits(layer: nn.Linear, name: str, words: Collection[str], options: Mapping[str, Any]) -> float:
     """Bits a weight of a layer: codes, scales, zero points, and what says which weights a pattern keeps."""
     pruned, quantised = options.get("prune"), options.get("quantize")
     kept = 1.0
@@ -92,7 +92,7 @@ def bits(layer: nn.Linear, name: str, options: Mapping[str, Any]) -> float:
     mask = 0.0 if pruned is None else 1.0
     if quantised is None:
         return mask + 8 * NATIVE * kept
-    scheme: Scheme = quantised.scheme(name)
+    scheme: Scheme = quantised.scheme(name, words)
     if scheme.format == "nf4":
         return 4 + 8 / 64 + 32 / (64 * 256) + 8 * NF4_TABLES / layer.weight.numel()
     group = scheme.group or layer.in_features
