@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -84,6 +85,65 @@ def export(command: argparse.ArgumentParser) -> Act:
     return act
 
 
+def serve(command: argparse.ArgumentParser) -> Act:
+    """Serve an exported folder over HTTP as OpenAI's API: the base and its adapters, of which each request names one."""
+    from calora.device.limits import HOST, PORT, Limits
+
+    own = Limits()
+    command.add_argument("folder", help="what `calora export` wrote")
+    command.add_argument("--host", default=HOST, help=f"address to listen on ({HOST}: this machine alone)")
+    command.add_argument("--port", type=int, default=PORT, help=f"0: a free one ({PORT})")
+    command.add_argument("--threads", type=int, help="of the processor (llama.cpp's choice)")
+    for name, help_text in own.about().items():
+        value = getattr(own, name)
+        command.add_argument(f"--{name}", type=type(value), default=value, help=f"{help_text} ({value:g})")
+
+    def act(chosen: argparse.Namespace) -> None:
+        with _needs_device():
+            from calora.device.serve import serve
+        limits = Limits(**{name: getattr(chosen, name) for name in own.about()})
+        serve(Path(chosen.folder), limits, chosen.host, chosen.port, chosen.threads)
+
+    return act
+
+
+def classify(command: argparse.ArgumentParser) -> Act:
+    """Answer every row of a CSV file with an adapter of an exported folder; started again, it goes on where it ended."""
+    command.add_argument("file", help="CSV with a header")
+    command.add_argument("--folder", required=True, help="what `calora export` wrote")
+    command.add_argument("--adapter", help="its name; not needed where the folder has one that chooses answers")
+    command.add_argument("--out", help="CSV to write (FILE.classified.csv)")
+    command.add_argument(
+        "--column", nargs="+", default=[], metavar="NAME=HEADER", help="where a column of the prompt has another header"
+    )
+    command.add_argument("--threads", type=int, help="of the processor (llama.cpp's choice)")
+
+    def act(chosen: argparse.Namespace) -> int:
+        with _needs_device():
+            from calora.device.table import classify_table
+        file = Path(chosen.file)
+        out = Path(chosen.out) if chosen.out else file.with_suffix(".classified.csv")
+        columns = dict(_pair("--column", text, "text=review") for text in chosen.column)
+        try:
+            counts = classify_table(Path(chosen.folder), chosen.adapter, file, out, columns, chosen.threads)
+        except KeyboardInterrupt:
+            print("interrupted: the same command goes on from here", file=sys.stderr)
+            return 130
+        print(f"{out}: {', '.join(f'{count} {answer}' for answer, count in counts.items())}")
+        return 0
+
+    return act
+
+
+@contextmanager
+def _needs_device() -> Iterator[None]:
+    """Around imports of what the extra `device` brings."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise CaloraError(error.name, "the package", "none", "pip install 'calora[device]'") from None
+
+
 def _adapters(texts: Sequence[str]) -> dict[str, str] | list[str]:
     """NAME=FOLDER of each, or the folders."""
     if not any("=" in text and not Path(text).exists() for text in texts):
@@ -98,7 +158,7 @@ def _pair(where: str, text: str, such_as: str) -> tuple[str, str]:
     return name, value
 
 
-COMMANDS = {"export": export}
+COMMANDS = {"export": export, "serve": serve, "classify": classify}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -33,11 +33,12 @@ from calora.compression import compress
 from calora.compression.walk import Calibration
 from calora.device.architecture import Architecture
 from calora.device.blocks import NoExactType, as_linear, exact, packed, relative_error, rounded
+from calora.device.entries import read_entries
 from calora.device.export import export
 from calora.device.folder import check_pair, read_folder
 from calora.device.llama import Llama
 from calora.device.vocabulary import pretokenizer
-from calora.device.writer import adapter_tensors, read_entries, write_lora
+from calora.device.writer import adapter_tensors, write_lora
 from calora.errors import CaloraError
 from calora.layers.codes import fit_grid
 from calora.layers.nf4 import Nf4Linear

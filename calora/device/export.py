@@ -22,7 +22,7 @@ from calora.device.architecture import Architecture
 from calora.device.blocks import REQUANTISED, count_types
 from calora.device.card import export_card
 from calora.device.dense import dtype_of, write_dense
-from calora.device.llama import library
+from calora.device.runtime import library
 from calora.device.score import adapter_file, compared, encoded, llama_hits, peft_hits, torch_hits
 from calora.device.vocabulary import add_vocabulary
 from calora.device.writer import ADAPTER_TYPES, adapter_tensors, base_tensors, told, write_base, write_lora

@@ -30,7 +30,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from calora.common.files import read_json, sha256
-from calora.device.writer import read_entries
+from calora.device.entries import read_entries
 from calora.errors import CaloraError
 
 VERSION = 1

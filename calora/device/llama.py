@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,22 +10,12 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from calora.common.progress import progress
+from calora.device.runtime import ONLY, start
 from calora.errors import CaloraError
 from calora.evaluation.predict import Predictions
 from calora.models.tasks import Example, Task
 
-ONLY = 100.0  # added to the logits of a task's answers, so that one of them has the highest
 SECONDS = 600  # that an answer may take
-INSTALL = "pip install 'calora[device]'"
-
-
-def library() -> Any:
-    """The module xllamacpp."""
-    try:
-        import xllamacpp
-    except ImportError:
-        raise CaloraError("xllamacpp", "the package, to run llama.cpp", "none", INSTALL) from None
-    return xllamacpp
 
 
 class Llama:
@@ -40,17 +29,8 @@ class Llama:
     """
 
     def __init__(self, base: Path, adapters: Mapping[str, Path], context: int, threads: int | None = None) -> None:
-        lib = library()
-        params = lib.CommonParams()
-        params.model.path, params.n_ctx, params.n_parallel, params.warmup = str(base), context, 1, False
-        params.verbosity = -1
-        if threads:
-            params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-        # Scale 0: loaded with `lora_init_without_apply` alone they would all be on.
-        params.lora_adapters = [lib.CommonAdapterLoraInfo(str(path), 0.0) for path in adapters.values()]
-        self.names, self.key = list(adapters), secrets.token_hex()
-        params.api_keys = [self.key]
-        self.server = lib.Server(params)
+        self.names = list(adapters)
+        self.server, self.key = start(base, adapters, context, 1, threads)
 
     def complete(self, prompt: str | Sequence[int], on: Sequence[str], tokens: int, **options: Any) -> dict[str, Any]:
         """What llama.cpp writes after a prompt (a text or token ids), greedily: `content`, and `tokens` with their ids.

@@ -16,12 +16,12 @@ from transformers import PreTrainedModel
 from calora.adapters.lora import Adapter
 from calora.device.architecture import Architecture
 from calora.device.blocks import BLOCK, Blocks, NoExactType, exact, plain, relative_error, rounded
+from calora.device.entries import MARK
 from calora.errors import CaloraError
 from calora.layers.experts import Experts
 from calora.layers.layout import own_weight
 from calora.recovery.shared import CHILD
 
-MARK = "calora."  # in front of our own entries of the metadata
 ADAPTER_TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "Q8_0": torch.bfloat16}
 ROUND = "or let it be rounded (--requantise Q8_0)"
 
@@ -165,21 +165,6 @@ def write_gguf(
             raise CaloraError(
                 f"{path}, {name}", "what was written", "something else", "check the disk, then export again"
             )
-
-
-def read_entries(path: Path) -> dict[str, str]:
-    """Our own entries of a file's metadata: the fingerprints, for example.
-
-    Raises:
-        CaloraError: it is no whole GGUF file.
-    """
-    try:
-        reader = gguf.GGUFReader(path)
-        fields = {name: str(field.contents()) for name, field in reader.fields.items() if name.startswith(MARK)}
-    except (OSError, ValueError, IndexError, KeyError) as error:
-        found = " ".join(str(error).split()) or type(error).__name__
-        raise CaloraError(path, "a whole GGUF file", found, "export it again") from None
-    return {name.removeprefix(MARK): value for name, value in fields.items()}
 
 
 def told(value: object) -> str:

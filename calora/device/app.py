@@ -1,0 +1,284 @@
+"""The web application of `calora serve`: OpenAI's routes over one base and its adapters.
+
+Every request becomes one of llama.cpp's with the LoRAs of its model, in its adapter's turn (`calora.device.queue`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+
+from calora.device.bodies import Chat, Classification, Completion
+from calora.device.catalogue import Catalogue, Model, NoSuchModel
+from calora.device.choose import Choice, choose, scored_task
+from calora.device.engine import Engine, Refused
+from calora.device.guard import Guard, problem
+from calora.device.limits import Limits
+from calora.device.queue import AdapterQueue, Full, Late
+from calora.device.translate import Translator
+from calora.errors import CaloraError
+from calora.models.tasks import Row, Task
+
+T = TypeVar("T")
+GONE = 499  # nobody reads it
+AHEAD = 64  # pieces that a stream may be ahead of its reader
+
+
+class OutOfTime(Exception):
+    """A request ran as long as it may."""
+
+
+def make_app(catalogue: Catalogue, engine: Engine, limits: Limits, key: str) -> Guard:
+    """The application.
+
+    Args:
+        catalogue: the models.
+        engine: that runs them.
+        limits: of requests.
+        key: without which a request gets 401.
+    """
+    queue = AdapterQueue(limits.slots, limits.waiting, limits.patience)
+    app = FastAPI(title="calora", docs_url=None, redoc_url=None, openapi_url=None)
+    _add_errors(app, limits)
+    started = int(time.time())
+
+    @asynccontextmanager
+    async def turn(model: Model) -> AsyncIterator[None]:
+        """The model's turn, for as long as a request may run."""
+        async with queue.turn(model.name):
+            try:
+                async with asyncio.timeout(limits.seconds):
+                    yield
+            except TimeoutError:
+                raise OutOfTime from None
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        well = await engine.healthy()
+        body = {
+            "status": "ok" if well else "llama.cpp does not answer",
+            "running": queue.running,
+            "waiting": queue.length,
+        }
+        return JSONResponse(body, 200 if well else 503)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [_described(model, started) for model in catalogue.models.values()]}
+
+    @app.get("/v1/models/{name}")
+    async def model(name: str) -> dict[str, Any]:
+        return _described(catalogue[name], started)
+
+    @app.post("/v1/completions")
+    async def completions(request: Request, body: Completion) -> Response:
+        return await generate(request, body, "/v1/completions")
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request, body: Chat) -> Response:
+        if body.max_completion_tokens is not None:
+            body.max_tokens = body.max_completion_tokens
+        return await generate(request, body, "/v1/chat/completions")
+
+    async def generate(request: Request, body: Completion | Chat, path: str) -> Response:
+        chosen = catalogue[body.model]
+        if (body.max_tokens or 0) > limits.tokens:
+            return problem(400, f"max_tokens may be {limits.tokens}, and is {body.max_tokens}")
+        if body.stream_options and not body.stream:
+            return problem(400, "stream_options are for `stream: true`")
+        translate = Translator(chosen.name, body.top)
+        asked = body.to_llama(limits.tokens)
+        if body.stream:
+            return await stream(request, chosen, path, asked, translate)
+
+        async def answer() -> dict[str, Any]:
+            async with turn(chosen):
+                return await engine.ask(path, asked, chosen.apply)
+
+        return JSONResponse(translate(await _while_there(request, answer())))
+
+    async def stream(
+        request: Request, chosen: Model, path: str, asked: dict[str, Any], translate: Translator
+    ) -> Response:
+        """What is refused is refused before the first byte; the turn ends with the stream, or when the client has gone."""
+        events: asyncio.Queue[dict[str, Any] | Exception | None] = asyncio.Queue(AHEAD)
+
+        async def produce() -> None:  # in a task of its own: a turn is left where it was entered
+            try:
+                async with turn(chosen), engine.stream(path, asked, chosen.apply) as pieces:
+                    async for piece in pieces:
+                        await events.put(piece)
+            except Exception as error:
+                await events.put(error)
+            else:
+                await events.put(None)
+
+        producer = asyncio.create_task(produce())
+        try:
+            first = await _while_there(request, events.get())
+            if isinstance(first, Exception):
+                raise first
+        except BaseException:
+            producer.cancel()
+            raise
+        return Stream(_sent(first, events, translate, limits), producer)
+
+    @app.post("/v1/classify")
+    async def classify(request: Request, body: Classification) -> dict[str, Any]:
+        chosen = catalogue[body.model]
+        task = scored_task(chosen)
+        rows = [_row(task, one) for one in body.inputs]
+        for row in rows:  # before any work
+            task.render(row)
+            task.choices(row)
+        some = asyncio.Semaphore(limits.slots)  # a long list leaves the queue to others
+
+        async def one(row: Row) -> Choice:
+            async with some, turn(chosen):
+                return await choose(engine, chosen, row, limits.context)
+
+        choices = await _while_there(request, _all([one(row) for row in rows]))
+        return _classified(choices, chosen.name)
+
+    return Guard(app, key, limits.body, limits.seconds)
+
+
+class Stream(StreamingResponse):
+    """Server-sent events of a task that ends with them."""
+
+    def __init__(self, body: AsyncIterator[str], producer: asyncio.Task[None]) -> None:
+        super().__init__(body, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self.producer = producer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.producer.cancel()
+
+
+async def _sent(
+    first: dict[str, Any] | None,
+    events: asyncio.Queue[dict[str, Any] | Exception | None],
+    translate: Translator,
+    limits: Limits,
+) -> AsyncIterator[str]:
+    """A stream as it is sent; where it fails on the way its last event is the error, and [DONE] does not come."""
+    event: dict[str, Any] | Exception | None = first
+    while event is not None:
+        if isinstance(event, Exception):
+            failed = _told(event, limits) or problem(500, "something went wrong here")
+            yield f"data: {bytes(failed.body).decode()}\n\n"
+            return
+        yield f"data: {json.dumps(translate(event), ensure_ascii=False)}\n\n"
+        event = await events.get()
+    yield "data: [DONE]\n\n"
+
+
+async def _while_there(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of some work, which ends early when the client has gone."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task, watch = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise HTTPException(GONE, "The client has gone")
+        return task.result()
+    finally:
+        task.cancel()
+        watch.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)
+
+
+async def _all(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """Their results; the first error ends the others, and is raised itself."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one) for one in work]
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+def _add_errors(app: FastAPI, limits: Limits) -> None:
+    async def told(_: Request, error: Exception) -> JSONResponse:
+        found = _told(error, limits)
+        assert found is not None  # of all kinds below
+        return found
+
+    for kind in (HTTPException, RequestValidationError, NoSuchModel, CaloraError, Full, Late, OutOfTime, Refused):
+        app.add_exception_handler(kind, told)
+
+
+def _told(error: Exception, limits: Limits) -> JSONResponse | None:
+    """An error as a response; None for a mistake of ours."""
+    match error:
+        case HTTPException():
+            return problem(error.status_code, str(error.detail))
+        case RequestValidationError():
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"][1:]) or "body"
+            return problem(400, f"{where}: {first['msg']}", "invalid_body")
+        case NoSuchModel():
+            return problem(404, str(error), "model_not_found")
+        case CaloraError():
+            return problem(400, str(error))
+        case Full():
+            return problem(503, f"{limits.waiting} requests wait already", "queue_full", retry=True)
+        case Late():
+            return problem(503, f"No turn within {limits.patience:g} s", "queue_timeout", retry=True)
+        case OutOfTime():
+            return problem(503, f"Not done within {limits.seconds:g} s: ask for fewer tokens", "timeout")
+        case Refused():
+            return problem(error.status if 400 <= error.status < 500 else 503, f"llama.cpp: {error}")
+    return None
+
+
+def _described(model: Model, created: int) -> dict[str, Any]:
+    about = {"id": model.name, "object": "model", "created": created, "owned_by": "calora"}
+    return about | ({"task": model.task.to_json()} if model.task else {})
+
+
+def _row(task: Task, given: str | dict[str, Any]) -> Row:
+    """A text stands for a row whose prompt has one column."""
+    if isinstance(given, dict):
+        return given
+    columns = list(dict.fromkeys([*task.columns, *task.answer_columns]))
+    if len(columns) > 1:
+        raise CaloraError(f"input of task {task.name}", f"objects with {', '.join(columns)}", "a text", "send objects")
+    return {columns[0]: given}
+
+
+def _classified(choices: Sequence[Choice], model: str) -> dict[str, Any]:
+    """As vLLM answers, with the names of the answers."""
+    tokens = sum(choice.tokens for choice in choices)
+    return {
+        "id": f"classify-{uuid.uuid4().hex}",
+        "object": "list",
+        "created": int(time.time()),
+        "model": model,
+        "data": [
+            {
+                "index": index, "label": choice.answer, "probs": choice.probabilities, "labels": choice.answers,
+                "num_classes": len(choice.answers),
+            }
+            for index, choice in enumerate(choices)
+        ],
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0},
+    }  # fmt: skip

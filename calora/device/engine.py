@@ -1,0 +1,153 @@
+"""What `calora serve` asks of a runtime, and llama.cpp as one: prompts in, tokens out, LoRAs named with every request."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import httpx
+
+from calora.device.runtime import start
+from calora.errors import first_line
+
+
+class Refused(Exception):
+    """The runtime refuses a request; `status` is HTTP's."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Engine(Protocol):
+    """A base with LoRAs. Which of them are on is an argument of every request: there is no way to leave it out."""
+
+    async def ask(self, path: str, body: Mapping[str, Any], on: Sequence[str]) -> dict[str, Any]:
+        """The answer of llama.cpp's own API at a path, with these LoRAs on and all others off; raises `Refused`."""
+        ...
+
+    def stream(
+        self, path: str, body: Mapping[str, Any], on: Sequence[str]
+    ) -> AbstractAsyncContextManager[AsyncIterator[dict[str, Any]]]:
+        """The same, piece by piece; raises `Refused` on entering. Leaving early ends the work."""
+        ...
+
+    async def tokenize(self, text: str, special: bool = True) -> list[int]:
+        """Token ids, with what the tokenizer puts around a text unless not `special`."""
+        ...
+
+    async def healthy(self) -> bool:
+        """Whether it answers."""
+        ...
+
+    async def close(self) -> None:
+        """Give all back."""
+        ...
+
+
+class LlamaEngine:
+    """llama.cpp's server in this process, on a port of localhost that has a key of its own.
+
+    Args:
+        base: base.gguf.
+        loras: GGUF LoRAs by name.
+        context: most tokens of one request, prompt and answer.
+        slots: requests that run at a time.
+        threads: of the processor; by default as many as llama.cpp takes.
+
+    Raises:
+        CaloraError: xllamacpp is not installed, or llama.cpp cannot load a file.
+    """
+
+    def __init__(
+        self, base: Path, loras: Mapping[str, Path], context: int, slots: int, threads: int | None = None
+    ) -> None:
+        self.names = list(loras)
+        self.server, key = start(base, loras, context, slots, threads)
+        # No time limit here: those of the requests are the proxy's, which closes the connection. A connection of its own for
+        # each request: one that is kept may be closed by llama.cpp (after 100 requests, or 5 s) just as it is used again.
+        self.client = httpx.AsyncClient(
+            base_url=self.server.listening_address, headers={"Authorization": f"Bearer {key}"}, timeout=None,
+            trust_env=False, limits=httpx.Limits(max_keepalive_connections=0),
+        )  # fmt: skip
+
+    def _with(self, body: Mapping[str, Any], on: Sequence[str]) -> dict[str, Any]:
+        # All of them, always: without a list a slot goes on with what another adapter left in its cache, and llama.cpp
+        # ignores what it does not know.
+        assert set(on) <= set(self.names)
+        return {**body, "lora": [{"id": index, "scale": float(name in on)} for index, name in enumerate(self.names)]}
+
+    async def ask(self, path: str, body: Mapping[str, Any], on: Sequence[str]) -> dict[str, Any]:
+        """See `Engine`."""
+        return await self._post(path, self._with(body, on))
+
+    async def _post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        with _reached():
+            return _read(await self.client.post(path, json=body))
+
+    @asynccontextmanager
+    async def stream(
+        self, path: str, body: Mapping[str, Any], on: Sequence[str]
+    ) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
+        """See `Engine`."""
+        asked = {**self._with(body, on), "stream": True}
+        with _reached():
+            async with self.client.stream("POST", path, json=asked) as answer:
+                if answer.status_code != 200:
+                    await answer.aread()
+                    _read(answer)
+                yield _events(answer)
+
+    async def tokenize(self, text: str, special: bool = True) -> list[int]:
+        """See `Engine`."""
+        asked = {"content": text, "add_special": special, "parse_special": True}
+        found: list[int] = (await self._post("/tokenize", asked))["tokens"]
+        return found
+
+    async def healthy(self) -> bool:
+        """See `Engine`."""
+        try:
+            return (await self.client.get("/health", timeout=5)).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    async def close(self) -> None:
+        """See `Engine`."""
+        await self.client.aclose()
+        self.server = None  # it ends with its last reference
+
+
+@contextmanager
+def _reached() -> Iterator[None]:
+    try:
+        yield
+    except httpx.HTTPError as error:
+        raise Refused(503, f"it does not answer: {first_line(error)}") from None
+
+
+def _read(answer: httpx.Response) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = answer.json()
+    except ValueError:
+        raise Refused(500, f"llama.cpp said {answer.text[:200]!r}") from None
+    if answer.status_code != 200:
+        raise Refused(answer.status_code, str(found.get("error", {}).get("message", found))[:500])
+    return found
+
+
+async def _events(answer: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+    """The objects of a stream of server-sent events, until [DONE]; raises `Refused` where one is an error."""
+    async for line in answer.aiter_lines():
+        kind, _, value = line.partition(": ")
+        if kind == "error":
+            value = f'{{"error": {value}}}'
+        elif kind != "data" or value.strip() == "[DONE]":
+            continue
+        found = json.loads(value)
+        if "error" in found:
+            error = found["error"]
+            raise Refused(int(error.get("code", 500)), str(error.get("message", error))[:500])
+        yield found
