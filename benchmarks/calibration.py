@@ -15,24 +15,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.recovery import LAYERS, Compressor, lost, two_of_four
+from benchmarks.recovery import LAYERS, Compressor, layers_of, lost, rounded, two_of_four
 from benchmarks.references import BASE, CALIBRATION, TUNING, tokens
 from calora.compression import surgeon
-from calora.compression.gptq import gptq
-from calora.layers.codes import fit_grid
-from calora.models.anatomy import linear_layers
 from calora.models.loading import compute_dtype, load_model
 from calora.models.moments import input_second_moments
 from calora.models.tasks import Example
 
 TEXTS = (128, 384, 1536)
 DAMPINGS = (0.01, 0.03, 0.1, 0.3)
-
-
-def int3(weight: Tensor, moment: Tensor) -> Tensor:
-    """int3, group 64, asymmetric, searched range, by GPTQ."""
-    fit = partial(fit_grid, bits=3, group=64, symmetric=False, dtype=torch.bfloat16, search=True)
-    return gptq(weight, moment, fit, 64)[0]
 
 
 def error(weight: Tensor, seen: Tensor, held: Tensor, compressor: Compressor, damping: float) -> float:
@@ -61,16 +52,11 @@ def main() -> None:
     layers = layers_of(model)
     seen, held = moments_of(model, texts), dict(input_second_moments(model, held_back[:128], layers))
     print("compression | layer | texts |", " | ".join(f"damping {damping}" for damping in DAMPINGS))
-    for title, compressor in (("2:4", two_of_four), ("int3 g64", int3)):
+    for title, compressor in (("2:4", two_of_four), ("int3 g64", partial(rounded, bits=3))):
         for name, weight in ((name, layer.weight.detach().float()) for name, layer in layers.items()):
             for count in TEXTS:
                 errors = [error(weight, seen[count][name], held[name], compressor, damping) for damping in DAMPINGS]
                 print(f"{title} | {name} | {count} |", " | ".join(f"{value:.4f}" for value in errors), flush=True)
-
-
-def layers_of(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
-    """The layers that are looked at."""
-    return {name: linear_layers(model)[name] for name in LAYERS}
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from benchmarks.references import BASE, calibration
 from calora.compression.gptq import gptq
@@ -39,9 +40,9 @@ def two_of_four(weight: Tensor, moment: Tensor) -> Tensor:
     return sparsegpt(weight, moment, lambda score: keep_n_of_m(score, 2, 4), 4)[0]
 
 
-def int2(weight: Tensor, moment: Tensor) -> Tensor:
-    """int2, group 64, asymmetric, searched range, by GPTQ."""
-    fit = partial(fit_grid, bits=2, group=64, symmetric=False, dtype=torch.bfloat16, search=True)
+def rounded(weight: Tensor, moment: Tensor, bits: int) -> Tensor:
+    """So many bits, group 64, asymmetric, searched range, by GPTQ."""
+    fit = partial(fit_grid, bits=bits, group=64, symmetric=False, dtype=torch.bfloat16, search=True)
     return gptq(weight, moment, fit, 64)[0]
 
 
@@ -100,6 +101,12 @@ def ways(rank: int) -> dict[str, Callable[[Tensor, Tensor, Compressor], Iterator
     }
 
 
+def layers_of(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """The layers that are looked at."""
+    known = linear_layers(model)
+    return {name: known[name] for name in LAYERS}
+
+
 def lost(error: Tensor, moment: Tensor) -> float:
     """||E X||_F^2."""
     return float(((error @ moment) * error).sum())
@@ -109,9 +116,9 @@ def main() -> None:
     """A line for each way: the round that is best on the calibration texts, on the others."""
     texts = [Example(ids) for ids in calibration()]
     model = load_model(Path(BASE), torch.float32)
-    layers = {name: linear_layers(model)[name] for name in LAYERS}
+    layers = layers_of(model)
     seen, held = (dict(input_second_moments(model, part, layers)) for part in (texts[:64], texts[64:96]))
-    for title, compressor in (("2:4", two_of_four), ("int2 g64", int2)):
+    for title, compressor in (("2:4", two_of_four), ("int2 g64", partial(rounded, bits=2))):
         plain = {
             name: lost(layer.weight - compressor(layer.weight, seen[name]), held[name])
             for name, layer in layers.items()

@@ -5,43 +5,20 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before it is imported
 
+from calora.common.commands import Act, Parser, run_command
 from calora.errors import CaloraError
-
-Act = Callable[[argparse.Namespace], Any]
-
-
-class Parser(argparse.ArgumentParser):
-    """One line for a mistake."""
-
-    def error(self, message: str) -> NoReturn:
-        """End with it."""
-        self.exit(2, f"error: {message}. Fix: {self.prog} --help\n")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code of a command; a user's mistake is said in one line."""
+    """Exit code of a command."""
     parser = Parser(prog="calora", description="Compressed models with CA-LoRA adapters.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, add in COMMANDS.items():
-        help_text = (add.__doc__ or "").strip()
-        command = commands.add_parser(name, help=help_text, description=help_text)
-        command.set_defaults(act=add(command))
-    chosen = parser.parse_args(arguments)
-    try:
-        return int(chosen.act(chosen) or 0)
-    except CaloraError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
+    return run_command(parser, COMMANDS, arguments, "nothing was written")
 
 
 def export(command: argparse.ArgumentParser) -> Act:

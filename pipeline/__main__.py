@@ -5,21 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
+from calora.common.commands import Act, Parser, run_command
 from calora.errors import CaloraError
 from pipeline import local
 from pipeline.server import alone
 from pipeline.settings import ROOT, Settings, checked
 from pipeline.values import value_of
-
-
-class Parser(argparse.ArgumentParser):
-    """One line for a mistake."""
-
-    def error(self, message: str) -> NoReturn:
-        """End with it."""
-        self.exit(2, f"error: {message}. Fix: {self.prog} --help\n")
 
 
 def within(least: int, most: int) -> Callable[[str], int]:
@@ -34,25 +27,9 @@ def within(least: int, most: int) -> Callable[[str], int]:
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code of a command; a user's mistake is said in one line."""
+    """Exit code of a command."""
     parser = Parser(prog="python -m pipeline", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, add in COMMANDS.items():
-        help_text = (add.__doc__ or "").strip()
-        command = commands.add_parser(name, help=help_text, description=help_text)
-        command.set_defaults(act=add(command))
-    chosen = parser.parse_args(arguments)
-    try:
-        return int(chosen.act(chosen) or 0)
-    except CaloraError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
-
-
-Act = Callable[[argparse.Namespace], Any]
+    return run_command(parser, COMMANDS, arguments, "the same command goes on from the last checkpoint")
 
 
 def repro(_: argparse.ArgumentParser) -> Act:

@@ -26,7 +26,7 @@ from calora.layers.layout import dense_weight
 from calora.models.anatomy import block_layers, stacks
 from calora.models.blocks import blocks_of
 from calora.models.families import family_of
-from calora.models.moments import as_read, batches_of, real
+from calora.models.moments import Readers, as_read, batches_of, real
 from calora.models.tasks import Example
 
 
@@ -189,14 +189,11 @@ class Block:
         Layers that read the same input (queries, keys and values) have the same tensor: `groups` finds them by it.
         """
         if not self._moments:
-            sums: dict[str, Tensor] = {}
-            readers: dict[int, tuple[str, Tensor]] = {}  # id of an input -> the first layer that read it, in this pass
-            leader: dict[str, str] = {}
+            sums, readers = dict[str, Tensor](), Readers()
 
             def watch(name: str) -> Callable[[Tensor, Tensor], None]:
                 def see(x: Tensor, source: Tensor) -> None:  # x: [tokens, in], of source: [B, T, in]
-                    leader.setdefault(name, readers.setdefault(id(source), (name, source))[0])
-                    if leader[name] != name:
+                    if not readers.leads(name, source):
                         return
                     x = x.float()
                     most = x.abs().amax(0)  # [in]
@@ -209,11 +206,11 @@ class Block:
             for out in self.run({name: watch(name) for name in names}):
                 if first:
                     self.before.append(out)
-                readers.clear()
+                readers.next_pass()
             for name in names:
-                check_finite(f"inputs of {name}", sums.get(leader.get(name, "")))
-            self._moments = {name: sums[leader[name]] for name in names}
-            self._largest = {name: self._largest[leader[name]] for name in names}
+                check_finite(f"inputs of {name}", sums.get(readers.leader.get(name, "")))
+            self._moments = {name: sums[readers.leader[name]] for name in names}
+            self._largest = {name: self._largest[readers.leader[name]] for name in names}
         return self._moments
 
     def groups(self) -> list[dict[str, nn.Linear]]:

@@ -22,10 +22,15 @@ class Body(BaseModel):
     store: bool | None = None
 
 
-class StreamOptions(BaseModel):
-    """Of a stream."""
+class Part(BaseModel):
+    """Of a body."""
 
     model_config = ConfigDict(extra="forbid")
+
+
+class StreamOptions(Part):
+    """Of a stream."""
+
     include_usage: bool = False
 
 
@@ -72,18 +77,16 @@ class Completion(Generation):
         return own if top is None else {**own, "n_probs": max(top, 1)}
 
 
-class TextPart(BaseModel):
+class TextPart(Part):
     """A part of a message."""
 
-    model_config = ConfigDict(extra="forbid")
     type: Literal["text"]
     text: str
 
 
-class Message(BaseModel):
+class Message(Part):
     """One of a chat."""
 
-    model_config = ConfigDict(extra="forbid")
     role: Literal["system", "user", "assistant"]
     content: str | list[TextPart]
 

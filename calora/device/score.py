@@ -14,7 +14,7 @@ from calora.compressed import load
 from calora.device.folder import ADAPTERS, BASE, DENSE, PEFT
 from calora.device.llama import Llama
 from calora.errors import CaloraError
-from calora.evaluation.predict import correct, predict
+from calora.evaluation.predict import Predictions, correct, predict
 from calora.evaluation.statistics import mean_interval, paired_difference
 from calora.models.loading import load_model
 from calora.models.tasks import Example, Row, Task, encode_all, positions
@@ -22,6 +22,11 @@ from calora.models.tasks import Example, Row, Task, encode_all, positions
 BATCH = 16  # texts, of torch
 PROMPTS = 200  # whose tokens are compared, at most
 Hits = dict[str, list[int]]  # adapter -> whether each item is right
+
+
+def hits_of(predictions: Predictions, examples: Sequence[Example]) -> list[int]:
+    """Whether each item is right, as 0 or 1."""
+    return [int(hit) for hit in correct(predictions, examples)]
 
 
 def torch_hits(base: Path, adapters: Mapping[str, Path], examples: Mapping[str, Sequence[Example]]) -> Hits:
@@ -32,7 +37,7 @@ def torch_hits(base: Path, adapters: Mapping[str, Path], examples: Mapping[str, 
         model.set_adapter(name)
         task = model.calora_tasks[name]
         predictions = predict(model, task, model.calora_tokenizer, examples[name], BATCH, f"{name}: torch")
-        found[name] = [int(hit) for hit in correct(predictions, examples[name])]
+        found[name] = hits_of(predictions, examples[name])
         model.unload_adapter(name)
     return found
 
@@ -48,7 +53,7 @@ def peft_hits(
     for name in examples:
         model: Any = PeftModel.from_pretrained(load_model(folder / DENSE), str(folder / PEFT / name)).get_base_model()
         predictions = predict(model.eval(), tasks[name], tokenizer, examples[name], BATCH, f"{name}: PEFT")
-        found[name] = [int(hit) for hit in correct(predictions, examples[name])]
+        found[name] = hits_of(predictions, examples[name])
     return found
 
 
@@ -68,7 +73,7 @@ def llama_hits(
         longest = max(len(example.prompt_ids) for example in examples[name]) + task.max_new_tokens + 1
         llama = Llama(folder / BASE, {file: folder / file for file in entry["apply"]}, longest, threads)
         predictions = llama.predict(task, entry["answer_ids"], examples[name], entry["apply"], f"{name}: llama.cpp")
-        found[name] = [int(hit) for hit in correct(predictions, examples[name])]
+        found[name] = hits_of(predictions, examples[name])
         prompts = [task.render(row) for row in rows[name][:PROMPTS]]
         same = sum(llama.tokenize(prompt) == tokenizer(prompt).input_ids for prompt in prompts)
         tokens[name] = {"prompts": len(prompts), "same": same}

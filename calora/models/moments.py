@@ -48,6 +48,23 @@ def batches_of(model: PreTrainedModel, examples: Sequence[Example]) -> list[list
     return batches([len(e.prompt_ids) for e in examples], BATCH)
 
 
+class Readers:
+    """Which layers read one tensor, pass after pass: the first that reads it stands for them all."""
+
+    def __init__(self) -> None:
+        self.leader: dict[str, str] = {}  # layer -> the one that stands for it
+        self._read: dict[int, tuple[str, Tensor]] = {}  # id of a tensor -> its first reader, in this pass, and itself
+
+    def leads(self, name: str, x: Tensor) -> bool:
+        """Whether the layer called `name`, which reads `x`, stands for those that do."""
+        self.leader.setdefault(name, self._read.setdefault(id(x), (name, x))[0])
+        return self.leader[name] == name
+
+    def next_pass(self) -> None:
+        """Let go of the tensors: their ids may be others' from now on."""
+        self._read.clear()
+
+
 def input_square_sums(model: PreTrainedModel, examples: Sequence[Example]) -> dict[str, Tensor]:
     """Layer name -> sum over tokens of x^2, fp32 [in] (Wanda's ||X_j||^2)."""
     return _accumulate(model, examples, linear_layers(model), lambda x: x.square().sum(0), "input norms")
@@ -143,13 +160,11 @@ def _accumulate(
         raise CaloraError("calibration", "at least one text", "none", "give some")
     sums: dict[str, Tensor] = {}
     masks: list[Tensor] = []
-    readers: dict[int, tuple[str, Tensor]] = {}  # id of an input -> the first layer that read it, in this batch
-    leader: dict[str, str] = {}
+    readers = Readers()
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            leader.setdefault(name, readers.setdefault(id(args[0]), (name, args[0]))[0])
-            if leader[name] == name:
+            if readers.leads(name, args[0]):
                 value = statistic(real(args[0].detach(), masks).float())  # of x: [tokens, in]
                 sums[name] = sums[name].add_(value) if name in sums else value
 
@@ -163,11 +178,11 @@ def _accumulate(
                 batch = family.collate([as_read(model, examples[i]) for i in indices], model)
                 masks[:] = batch.masks.values()
                 family.forward(model, batch, torch.tensor([0]))
-                readers.clear()
+                readers.next_pass()
     finally:
         for handle in handles:
             handle.remove()
-    sums = {name: sums[leader[name]] for name in layers if name in leader}
+    sums = {name: sums[readers.leader[name]] for name in layers if name in readers.leader}
     silent = sorted(set(layers) - set(sums))
     if silent:
         raise CaloraError("calibration", "an input for every linear layer", f"none for {silent[0]}", "check the base")
