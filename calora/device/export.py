@@ -127,7 +127,7 @@ def export(
             _write_gguf(scratch, about, source, requantise, adapter_type)
         if "peft" in kinds:
             _write_peft(scratch, about, source, out)
-        about["files"] |= layout.files_of(scratch, about["files"])
+        about["files"] = layout.files_of(scratch, about["files"])
         if tests:
             _score(scratch, about, source, tests, hits, draws, seed, threads)
         write_json(scratch / layout.MANIFEST, about)

@@ -28,7 +28,7 @@ and `calora.recovery` too.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -86,11 +86,11 @@ def check_made_for(adapter: Path, fingerprint: str | None, base: Path) -> None:
         raise CaloraError(f"adapter {adapter}", f"its compressed base {made_for}", f"{base}, {fingerprint}", fix)
 
 
-def files_of(folder: Path, known: Collection[str] = ()) -> dict[str, dict[str, Any]]:
-    """Relative path -> bytes and SHA-256, of all files of an export but those that are `known`, manifest.json and README.md."""
+def files_of(folder: Path, known: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Relative path -> bytes and SHA-256, of all files of an export but manifest.json and README.md; of some it is known."""
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return {
-        name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        name: known.get(name) or {"bytes": path.stat().st_size, "sha256": sha256(path)}
         for name, path in files.items()
-        if name not in (*known, MANIFEST, CARD)
+        if name not in (MANIFEST, CARD)
     }

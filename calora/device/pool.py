@@ -200,7 +200,7 @@ class Pool:
         for model in models:
             own = set(model.apply) - set(self.catalogue.models[BASE_NAME].apply)
             if (size := sum(self.stamps[file][0] for file in own)) > self.room:
-                found, least = f"{self.room / 1e6:g} MB", f"{size / 1e6:.1f} MB or more, for adapter {model.name}"
+                found, least = f"{self.room / 1e6:g} MB", f"{size / 1e6:.3f} MB or more, for adapter {model.name}"
                 raise CaloraError("--memory", least, found, "raise it, or leave the adapter out")
 
     def _changed(self, file: str) -> bool:
