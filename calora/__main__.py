@@ -43,6 +43,11 @@ def export(command: argparse.ArgumentParser) -> Act:
         "--test", nargs="+", default=[], metavar="NAME=FILE", help="jsonl with labelled rows, to score an adapter on"
     )
     command.add_argument("--threads", type=int, help="of llama.cpp, for the score")
+    command.add_argument(
+        "--add",
+        action="store_true",
+        help="add the adapters to the export in --out, which keeps its base, kinds and recovery",
+    )
 
     def act(chosen: argparse.Namespace) -> None:
         from calora.device.export import export
@@ -53,6 +58,7 @@ def export(command: argparse.ArgumentParser) -> Act:
         about = export(
             chosen.base, _adapters(chosen.adapters), chosen.out, kinds=chosen.kind, requantise=chosen.requantise,
             adapter_type=chosen.adapter_type, recovery=chosen.recovery, tests=tests, threads=chosen.threads,
+            add=chosen.add,
         )  # fmt: skip
         size = sum(entry["bytes"] for entry in about["files"].values())
         print(
@@ -71,6 +77,15 @@ def serve(command: argparse.ArgumentParser) -> Act:
     command.add_argument("--host", default=HOST, help=f"address to listen on ({HOST}: this machine alone)")
     command.add_argument("--port", type=int, default=PORT, help=f"0: a free one ({PORT})")
     command.add_argument("--threads", type=int, help="of the processor (llama.cpp's choice)")
+    command.add_argument(
+        "--memory",
+        type=float,
+        metavar="MB",
+        help="that adapters may take; those that were not asked for last are read again when needed (all of them)",
+    )
+    command.add_argument(
+        "--allow", nargs="+", default=[], metavar="DIR", help="folders of which adapters may be added, besides FOLDER"
+    )
     for name, help_text in own.about().items():
         value = getattr(own, name)
         command.add_argument(f"--{name}", type=type(value), default=value, help=f"{help_text} ({value:g})")
@@ -79,7 +94,8 @@ def serve(command: argparse.ArgumentParser) -> Act:
         with _needs_device():
             from calora.device.serve import serve
         limits = Limits(**{name: getattr(chosen, name) for name in own.about()})
-        serve(Path(chosen.folder), limits, chosen.host, chosen.port, chosen.threads)
+        allowed = [Path(place) for place in chosen.allow]
+        serve(Path(chosen.folder), limits, chosen.host, chosen.port, chosen.threads, chosen.memory, allowed)
 
     return act
 

@@ -7,6 +7,7 @@ class CaloraError(Exception):
     """A user's mistake, told in one line: where it is, what was expected, what was found, how to mend it."""
 
     def __init__(self, where: object, expected: object, found: object, fix: str) -> None:
+        self.told = str(where), str(expected), str(found), fix
         super().__init__(f"{where}: expected {expected}, found {found}. Fix: {fix}")
 
 

@@ -94,6 +94,11 @@ class Fake:
         if self.broken:
             await self.broken()
 
+    alive = True
+
+    async def load(self, loras):
+        raise AssertionError("all are in memory")
+
     async def tokenize(self, text, special=True):
         return [1, *text.encode()] if special else list(text.encode())
 

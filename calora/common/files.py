@@ -36,6 +36,40 @@ def whole_directory(target: Path) -> Iterator[Path]:
     replace_directory(scratch, target)
 
 
+@contextmanager
+def extended_directory(target: Path, last: str) -> Iterator[Path]:
+    """Yield a scratch directory with the files of `target`; what is new there is moved to it if the block ends without an error.
+
+    The file `last` is moved last, and says what is there: until then, and after an error or a kill, `target` is what it was.
+    In the block files may be added, or replaced under a temporary name, and not be written to: they are shared.
+    """
+    scratch = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    shutil.copytree(target, scratch, copy_function=_link)
+    before = _stamps(scratch)
+    try:
+        yield scratch
+        new = [file for file, stamp in _stamps(scratch).items() if stamp != before.get(file)]
+        for file in sorted(new, key=lambda file: file == Path(last)):
+            (target / file).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(scratch / file, target / file)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _stamps(folder: Path) -> dict[Path, tuple[int, int]]:
+    """By which another file of that name is told: when it was written, and where it is."""
+    found = ((path.relative_to(folder), path.stat()) for path in folder.rglob("*") if path.is_file())
+    return {file: (about.st_mtime_ns, about.st_ino) for file, about in found}
+
+
+def _link(source: str, copy: str) -> None:
+    try:
+        os.link(source, copy)
+    except OSError:  # such as a file system that has none
+        shutil.copy2(source, copy)
+
+
 def replace_directory(scratch: Path, target: Path) -> None:
     """Rename the finished folder `scratch` to `target`; what stood there is removed last, so that a kill leaves one."""
     _bring_back(target)

@@ -19,13 +19,14 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from calora.device.bodies import Chat, Classification, Completion
+from calora.device.bodies import Addition, Chat, Classification, Completion, Removal
 from calora.device.catalogue import Catalogue, Model, NoSuchModel
 from calora.device.choose import Choice, choose, scored_task
 from calora.device.engine import Engine, Refused
 from calora.device.guard import Guard, problem
 from calora.device.limits import Limits
-from calora.device.queue import AdapterQueue, Full, Late
+from calora.device.pool import Pool
+from calora.device.queue import Full, Late
 from calora.device.translate import Translator
 from calora.errors import CaloraError
 from calora.models.tasks import Row, Task
@@ -39,7 +40,7 @@ class OutOfTime(Exception):
     """A request ran as long as it may."""
 
 
-def make_app(catalogue: Catalogue, engine: Engine, limits: Limits, key: str) -> Guard:
+def make_app(catalogue: Catalogue, engine: Engine, limits: Limits, key: str, pool: Pool | None = None) -> Guard:
     """The application.
 
     Args:
@@ -47,8 +48,9 @@ def make_app(catalogue: Catalogue, engine: Engine, limits: Limits, key: str) -> 
         engine: that runs them.
         limits: of requests.
         key: without which a request gets 401.
+        pool: of these models over this engine, where some are not in memory; by default all are.
     """
-    queue = AdapterQueue(limits.slots, limits.waiting, limits.patience)
+    pool = pool or Pool(catalogue, lambda _: engine, limits)
     app = FastAPI(title="calora", docs_url=None, redoc_url=None, openapi_url=None)
     _add_errors(app, limits)
     started = int(time.time())
@@ -56,30 +58,43 @@ def make_app(catalogue: Catalogue, engine: Engine, limits: Limits, key: str) -> 
     @asynccontextmanager
     async def turn(model: Model) -> AsyncIterator[None]:
         """The model's turn, for as long as a request may run."""
-        async with queue.turn(model.name):
+        async with pool.turn(model):
             try:
                 async with asyncio.timeout(limits.seconds):
                     yield
             except TimeoutError:
                 raise OutOfTime from None
 
+    def described(model: Model) -> dict[str, Any]:
+        about = {"id": model.name, "object": "model", "created": started, "owned_by": "calora"}
+        return {**about, "resident": pool.has(model), **({"task": model.task.to_json()} if model.task else {})}
+
     @app.get("/health")
     async def health() -> JSONResponse:
-        well = await engine.healthy()
+        well = await pool.healthy()
         body = {
             "status": "ok" if well else "llama.cpp does not answer",
-            "running": queue.running,
-            "waiting": queue.length,
+            "running": pool.queue.running,
+            "waiting": pool.queue.length,
         }
         return JSONResponse(body, 200 if well else 503)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_described(model, started) for model in catalogue.models.values()]}
+        return {"object": "list", "data": [described(model) for model in catalogue.models.values()]}
 
     @app.get("/v1/models/{name}")
     async def model(name: str) -> dict[str, Any]:
-        return _described(catalogue[name], started)
+        return described(catalogue[name])
+
+    @app.post("/v1/load_lora_adapter")
+    async def add(body: Addition) -> dict[str, Any]:
+        return described(await pool.add(body.lora_name, body.lora_path))
+
+    @app.post("/v1/unload_lora_adapter")
+    async def remove(body: Removal) -> dict[str, Any]:
+        await pool.remove(body.lora_name)
+        return {"id": body.lora_name, "object": "model", "deleted": True}
 
     @app.post("/v1/completions")
     async def completions(request: Request, body: Completion) -> Response:
@@ -248,11 +263,6 @@ def _told(error: Exception, limits: Limits) -> JSONResponse | None:
         case Refused():
             return problem(error.status if 400 <= error.status < 500 else 503, f"llama.cpp: {error}")
     return None
-
-
-def _described(model: Model, created: int) -> dict[str, Any]:
-    about = {"id": model.name, "object": "model", "created": created, "owned_by": "calora"}
-    return about | ({"task": model.task.to_json()} if model.task else {})
 
 
 def _row(task: Task, given: str | dict[str, Any]) -> Row:

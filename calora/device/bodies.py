@@ -111,6 +111,19 @@ class Chat(Generation):
         return {**own, "top_logprobs": max(top or 0, 1)} if own.get("logprobs") else own
 
 
+class Addition(Part):
+    """POST /v1/load_lora_adapter, as vLLM has it; without a path it is the adapter of that name in manifest.json."""
+
+    lora_name: str = Field(min_length=1, max_length=200)
+    lora_path: str | None = Field(None, min_length=1, max_length=4096)
+
+
+class Removal(Part):
+    """POST /v1/unload_lora_adapter, as vLLM has it."""
+
+    lora_name: str
+
+
 class Classification(Body):
     """POST /v1/classify: texts, or rows where the prompt has several columns."""
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import httpx
 
-from calora.device.runtime import start
+from calora.device.worker import Worker
 from calora.errors import first_line
 
 
@@ -24,6 +26,15 @@ class Refused(Exception):
 
 class Engine(Protocol):
     """A base with LoRAs. Which of them are on is an argument of every request: there is no way to leave it out."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether it has not ended by itself."""
+        ...
+
+    async def load(self, loras: Mapping[str, Path]) -> None:
+        """Have these LoRAs, by name, and no others; raises `CaloraError`, and has ended then. Nothing may run meanwhile."""
+        ...
 
     async def ask(self, path: str, body: Mapping[str, Any], on: Sequence[str]) -> dict[str, Any]:
         """The answer of llama.cpp's own API at a path, with these LoRAs on and all others off; raises `Refused`."""
@@ -49,7 +60,7 @@ class Engine(Protocol):
 
 
 class LlamaEngine:
-    """llama.cpp's server in this process, on a port of localhost that has a key of its own.
+    """llama.cpp's server in a process of its own, on a port of localhost that has a key of its own.
 
     Args:
         base: base.gguf.
@@ -65,14 +76,26 @@ class LlamaEngine:
     def __init__(
         self, base: Path, loras: Mapping[str, Path], context: int, slots: int, threads: int | None = None
     ) -> None:
-        self.names = list(loras)
-        self.server, key = start(base, loras, context, slots, threads)
+        self.start = partial(Worker, base, context=context, slots=slots, threads=threads)
+        self.names, self.worker = list(loras), self.start(loras)
         # No time limit here: those of the requests are the proxy's, which closes the connection. A connection of its own for
         # each request: one that is kept may be closed by llama.cpp (after 100 requests, or 5 s) just as it is used again.
-        self.client = httpx.AsyncClient(
-            base_url=self.server.listening_address, headers={"Authorization": f"Bearer {key}"}, timeout=None,
-            trust_env=False, limits=httpx.Limits(max_keepalive_connections=0),
-        )  # fmt: skip
+        self.client = httpx.AsyncClient(timeout=None, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
+        self._reach(*self.worker.ready())
+
+    def _reach(self, address: str, key: str) -> None:
+        self.client.base_url, self.client.headers["Authorization"] = httpx.URL(address), f"Bearer {key}"
+
+    @property
+    def alive(self) -> bool:
+        """See `Engine`."""
+        return self.worker.alive
+
+    async def load(self, loras: Mapping[str, Path]) -> None:
+        """See `Engine`: the process ends, and another one starts."""
+        await asyncio.to_thread(self.worker.close)
+        self.names, self.worker = list(loras), self.start(loras)
+        self._reach(*await asyncio.to_thread(self.worker.ready))
 
     def _with(self, body: Mapping[str, Any], on: Sequence[str]) -> dict[str, Any]:
         # All of them, always: without a list a slot goes on with what another adapter left in its cache, and llama.cpp
@@ -117,7 +140,7 @@ class LlamaEngine:
     async def close(self) -> None:
         """See `Engine`."""
         await self.client.aclose()
-        self.server = None  # it ends with its last reference
+        await asyncio.to_thread(self.worker.close)
 
 
 @contextmanager

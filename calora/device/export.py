@@ -14,7 +14,7 @@ from calora.adapters.cards import plain_card
 from calora.adapters.fold import fold, of_one_rank, shared_lora
 from calora.adapters.folder import read_adapter, write_adapter
 from calora.adapters.lora import Adapter
-from calora.common.files import whole_directory, write_json, write_text
+from calora.common.files import extended_directory, whole_directory, write_json, write_text
 from calora.common.versions import versions
 from calora.compressed import stored_form
 from calora.device import folder as layout
@@ -76,6 +76,7 @@ def export(
     draws: int = 2000,
     seed: int = 0,
     threads: int | None = None,
+    add: bool = False,
 ) -> dict[str, Any]:
     """Write a folder that other runtimes serve (`calora.device.folder` describes it), whole or not at all.
 
@@ -95,15 +96,22 @@ def export(
         hits: adapter -> whether the torch model is right on each of these rows, where that is known already.
         draws, seed: of the bootstrap.
         threads: of llama.cpp.
+        add: to the export that is there, of the same base; `kinds`, `requantise` and `recovery` are those that it has.
+            No other file is written but manifest.json and README.md, and until the end it is what it was.
 
     Returns:
         What manifest.json holds.
 
     Raises:
         CaloraError: an argument is none of these, a file is broken, an adapter is another base's or not linear, a layer has
-            no exact type, llama.cpp has no such architecture or tokenizer, or tests are given and xllamacpp is not installed.
+            no exact type, llama.cpp has no such architecture or tokenizer, tests are given and xllamacpp is not installed,
+            or what is there cannot be added to.
     """
-    _check(Path(out), kinds, adapter_type, recovery, requantise)
+    out = Path(out)
+    there = layout.read_folder(out) if add else None
+    if there:
+        kinds, recovery = _kinds(there), there.get("recovery", "not said")
+    _check(out, kinds, adapter_type, recovery, requantise)
     if tests and "gguf" in kinds:
         library()
     source = read_source(Path(base), adapters)
@@ -113,13 +121,13 @@ def export(
         if source.tasks[name].scored and not source.tasks[name].answer_token_ids(source.tokenizer):
             expected = "answers of one token each, the same for every row: llama.cpp is asked for the next token"
             raise CaloraError(f"tests of {name}", expected, "others", "leave its tests out; the score in torch stands")
-    with whole_directory(Path(out)) as scratch:
-        about = _about(source)
+    with extended_directory(out, layout.MANIFEST) if there else whole_directory(out) as scratch:
+        about = _extended(there, source, out) if there else _about(source, recovery)
         if "gguf" in kinds:
-            _write_gguf(scratch, about, source, requantise, adapter_type, recovery == "inside")
+            _write_gguf(scratch, about, source, requantise, adapter_type)
         if "peft" in kinds:
-            _write_peft(scratch, about, source, Path(out), recovery == "inside")
-        about["files"] = layout.files_of(scratch)
+            _write_peft(scratch, about, source, out)
+        about["files"] = layout.files_of(scratch, about["files"])
         if tests:
             _score(scratch, about, source, tests, hits, draws, seed, threads)
         write_json(scratch / layout.MANIFEST, about)
@@ -154,7 +162,7 @@ def read_source(base: Path, adapters: Mapping[str, str | Path] | Iterable[str | 
     for given, path in named:
         read = read_adapter(path)
         name = given or str(read.meta["task"]["name"])
-        if not re.fullmatch("[A-Za-z0-9_-]+", name) or name in folded:
+        if not re.fullmatch(layout.NAME, name) or name in folded:
             found = f"{name!r}{', twice' if name in folded else ''}"
             raise CaloraError(
                 f"adapter {path}", "a name of letters, digits, _ and - of its own", found, "name it: NAME=FOLDER"
@@ -172,7 +180,13 @@ def read_source(base: Path, adapters: Mapping[str, str | Path] | Iterable[str | 
     return Source(base, model, report, load_tokenizer(base), shared_lora(model), folded, paths)
 
 
-def _about(source: Source) -> dict[str, Any]:
+def _kinds(about: Mapping[str, Any]) -> list[str]:
+    """Of an export that is there."""
+    has = {"gguf": bool(about["base"]), "peft": any(file.startswith(f"{layout.DENSE}/") for file in about["files"])}
+    return [kind for kind in KINDS if has[kind]]
+
+
+def _about(source: Source, recovery: str) -> dict[str, Any]:
     """manifest.json, still without files."""
     report = source.report
     return {
@@ -183,49 +197,71 @@ def _about(source: Source) -> dict[str, Any]:
         "base_fingerprint": report["base_fingerprint"],
         "compressed_fingerprint": report["fingerprint"],
         "recipe": report["recipe"],
+        "recovery": recovery,
         "files": {},
         "base": None,
-        "adapters": {
-            name: {
-                "file": None, "apply": [], "type": None, "peft": None, "task": task.to_json(),
-                "answer_ids": task.answer_token_ids(source.tokenizer) or [], "scores": {},
-            }
-            for name, task in source.tasks.items()
-        },
+        "adapters": _entries(source),
+    }
+
+
+def _extended(there: Mapping[str, Any], source: Source, out: Path) -> dict[str, Any]:
+    """manifest.json of an export, with further adapters that still have no files."""
+    if (made := source.report["fingerprint"]) != (found := there["compressed_fingerprint"]):
+        raise CaloraError(out, f"an export of {source.path}, {made}", f"one of {found}", "name that base")
+    if taken := sorted(source.adapters.keys() & there["adapters"].keys()):
+        raise CaloraError(out, "names that it does not have", taken[0], "name it: NAME=FOLDER, or export all anew")
+    return {**there, "files": dict(there["files"]), "adapters": there["adapters"] | _entries(source)}
+
+
+def _entries(source: Source) -> dict[str, Any]:
+    return {
+        name: {
+            "file": None, "apply": [], "type": None, "peft": None, "task": task.to_json(),
+            "answer_ids": task.answer_token_ids(source.tokenizer) or [], "scores": {},
+        }
+        for name, task in source.tasks.items()
     }  # fmt: skip
 
 
 def _write_gguf(
-    scratch: Path, about: dict[str, Any], source: Source, requantise: str | None, adapter_type: str, inside: bool
+    scratch: Path, about: dict[str, Any], source: Source, requantise: str | None, adapter_type: str
 ) -> None:
-    architecture = Architecture.of(source.model.config)
-    tensors, changed = base_tensors(source.model, architecture, requantise)
+    architecture, inside = Architecture.of(source.model.config), about["recovery"] == "inside"
     shared = {key: about[key] for key in ("base_fingerprint", "compressed_fingerprint")}
-    rows = source.model.config.vocab_size
-    entries = {**shared, "recipe": told(about["recipe"])}
+    if not about["base"]:
+        _write_base(scratch, about, source, architecture, shared, requantise, adapter_type)
+    (scratch / layout.ADAPTERS).mkdir(exist_ok=True)
+    for name, adapter in source.adapters.items():
+        whole, file = fold(adapter, source.shared) if inside else adapter, adapter_file(name)
+        own = {**shared, "task": told(adapter.meta["task"]), "recovery": about["recovery"]}
+        write_lora(scratch / file, architecture, adapter_tensors(whole, architecture, adapter_type), own)
+        apply = [file] if inside else [*about["base"]["apply"], file]
+        about["adapters"][name] |= {"file": file, "apply": apply, "type": adapter_type}
+
+
+def _write_base(
+    scratch: Path, about: dict[str, Any], source: Source, architecture: Architecture, shared: dict[str, str],
+    requantise: str | None, adapter_type: str,
+) -> None:  # fmt: skip
+    tensors, changed = base_tensors(source.model, architecture, requantise)
+    rows, entries = source.model.config.vocab_size, {**shared, "recipe": told(about["recipe"])}
     write_base(
         scratch / layout.BASE, architecture, tensors, entries, lambda writer: add_vocabulary(writer, source.path, rows)
     )
     always = []
     if source.shared.lora:
-        write_lora(
-            scratch / layout.RECOVERY, architecture, adapter_tensors(source.shared, architecture, adapter_type), shared
-        )
+        recovery = adapter_tensors(source.shared, architecture, adapter_type)
+        write_lora(scratch / layout.RECOVERY, architecture, recovery, shared)
         always = [layout.RECOVERY]
     about |= {"architecture": architecture.name, "context": architecture.context}
     about["base"] = {"file": layout.BASE, "types": count_types(tensors), "rounded": changed, "apply": always}
-    (scratch / layout.ADAPTERS).mkdir()
-    for name, adapter in source.adapters.items():
-        whole, file = fold(adapter, source.shared) if inside else adapter, adapter_file(name)
-        own = {**shared, "task": told(adapter.meta["task"])}
-        write_lora(scratch / file, architecture, adapter_tensors(whole, architecture, adapter_type), own)
-        apply = [file] if inside else [*always, file]
-        about["adapters"][name] |= {"file": file, "apply": apply, "type": adapter_type}
 
 
-def _write_peft(scratch: Path, about: dict[str, Any], source: Source, out: Path, inside: bool) -> None:
+def _write_peft(scratch: Path, about: dict[str, Any], source: Source, out: Path) -> None:
     """dense/ and peft/NAME; the recovery of the base is in the former, unless it goes inside the adapters."""
-    write_dense(scratch / layout.DENSE, source.model, source.path, merged=not inside)
+    inside = about["recovery"] == "inside"
+    if not (scratch / layout.DENSE).exists():
+        write_dense(scratch / layout.DENSE, source.model, source.path, merged=not inside)
     for name, adapter in source.adapters.items():
         whole = of_one_rank(fold(adapter, source.shared) if inside else adapter)
         folder, base = scratch / layout.PEFT / name, str(out / layout.DENSE)

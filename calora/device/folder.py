@@ -15,17 +15,20 @@ The last two are there with the kind `peft`, the four before with the kind `gguf
     context              most tokens that the model reads
     base_fingerprint     of the uncompressed base; compressed_fingerprint: of the compressed one
     recipe               the steps of the compression
+    recovery             where that of the base is, if it has one: `beside` the adapters, or `inside` each
     files                relative path -> bytes, sha256; of all files but README.md and manifest.json
     base                 file, types (GGUF type -> tensors), rounded (layer -> was, type, error; empty: all exact), apply
     adapters             NAME -> file, apply, type, peft, task (name, prompt, answers, max_tokens, max_new_tokens),
                          answer_ids (the token of each answer; none where they are of several or a row's own), scores (by kind; see `calora.device.score`)
 
 `apply` are the LoRA files that have to be on, at scale 1, all others off: of the base alone, or for an adapter. Both GGUF
-files of a pair have `calora.base_fingerprint` and `calora.compressed_fingerprint` in their metadata.
+files of a pair have `calora.base_fingerprint` and `calora.compressed_fingerprint` in their metadata, an adapter `calora.task`
+and `calora.recovery` too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -36,6 +39,7 @@ from calora.errors import CaloraError
 VERSION = 1
 MANIFEST, CARD = "manifest.json", "README.md"
 BASE, RECOVERY, ADAPTERS, DENSE, PEFT = "base.gguf", "recovery.gguf", "adapters", "dense", "peft"
+NAME = "[A-Za-z0-9_-]+"  # of an adapter
 FIX = "export it again, or name another folder"
 
 
@@ -56,26 +60,37 @@ def read_folder(folder: Path, whole: bool = True) -> dict[str, Any]:
         inside = PurePosixPath(name)
         if inside.is_absolute() or ".." in inside.parts:
             raise CaloraError(path, "files inside the folder", name, FIX)
-        file = folder / name
-        size = file.stat().st_size if file.exists() else "no such file"
-        if size != entry["bytes"]:
-            raise CaloraError(file, f"{entry['bytes']} bytes", size, FIX)
-        if whole and (found := sha256(file)) != entry["sha256"]:
-            raise CaloraError(file, f"SHA-256 {entry['sha256']}", found, FIX)
+        check_file(folder / name, entry, whole)
     return about
+
+
+def check_file(file: Path, entry: Mapping[str, Any], whole: bool = True) -> None:
+    """Raise `CaloraError` unless a file is the one that an entry of `files` describes; without `whole` its size is enough."""
+    size = file.stat().st_size if file.exists() else "no such file"
+    if size != entry["bytes"]:
+        raise CaloraError(file, f"{entry['bytes']} bytes", size, FIX)
+    if whole and (found := sha256(file)) != entry["sha256"]:
+        raise CaloraError(file, f"SHA-256 {entry['sha256']}", found, FIX)
 
 
 def check_pair(base: Path, adapter: Path) -> None:
     """Raise `CaloraError` unless two GGUF files were made for each other, by their metadata."""
-    made_for, found = (read_entries(path).get("compressed_fingerprint") for path in (adapter, base))
-    if made_for is None or made_for != found:
+    check_made_for(adapter, read_entries(base).get("compressed_fingerprint"), base)
+
+
+def check_made_for(adapter: Path, fingerprint: str | None, base: Path) -> None:
+    """Raise `CaloraError` unless a GGUF file is an adapter of the compressed base `base`, which has this fingerprint."""
+    made_for = read_entries(adapter).get("compressed_fingerprint")
+    if made_for is None or made_for != fingerprint:
         fix = "use the base that it was made for"
-        raise CaloraError(f"adapter {adapter}", f"its compressed base {made_for}", f"{base}, {found}", fix)
+        raise CaloraError(f"adapter {adapter}", f"its compressed base {made_for}", f"{base}, {fingerprint}", fix)
 
 
-def files_of(folder: Path) -> dict[str, dict[str, Any]]:
-    """Relative path -> bytes and SHA-256, of all files below a folder."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+def files_of(folder: Path, known: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Relative path -> bytes and SHA-256, of all files of an export but manifest.json and README.md; of some it is known."""
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files
+        name: known.get(name) or {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for name, path in files.items()
+        if name not in (MANIFEST, CARD)
     }

@@ -43,28 +43,32 @@ class AdapterQueue:
         return sum(map(len, self.waiting.values()))
 
     @asynccontextmanager
-    async def turn(self, adapter: str) -> AsyncIterator[None]:
+    async def turn(self, adapter: str, surely: bool = False) -> AsyncIterator[None]:
         """Wait for a turn, and have it for the time of the block.
+
+        Args:
+            adapter: whose turn it is; no other one has the model then.
+            surely: however many wait, and however long it takes.
 
         Raises:
             Full: too many wait.
             Late: it took too long.
         """
-        await self._wait(adapter)
+        await self._wait(adapter, surely)
         try:
             yield
         finally:
             self._leave()
 
-    async def _wait(self, adapter: str) -> None:
+    async def _wait(self, adapter: str, surely: bool) -> None:
         ticket = asyncio.get_running_loop().create_future()
         self.waiting.setdefault(adapter, deque()).append(ticket)
         self._admit()
-        if not ticket.done() and self.length > self.longest:
+        if not ticket.done() and not surely and self.length > self.longest:
             self._forget(adapter, ticket)
             raise Full
         try:
-            async with asyncio.timeout(self.patience):
+            async with asyncio.timeout(None if surely else self.patience):
                 await ticket
         except BaseException as error:
             if ticket.done() and not ticket.cancelled():  # its turn came just as it was given up

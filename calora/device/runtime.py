@@ -41,6 +41,7 @@ def start(
     params = lib.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel, params.warmup = str(base), context * slots, slots, False
     params.verbosity, params.api_keys = -1, [key]
+    params.fit_params = False  # which loads all twice, to choose what is said here
     # Prompts that are kept outside the slots are found again by their tokens alone, whichever LoRA was on.
     params.cache_ram_mib = 0
     if threads:

@@ -7,7 +7,10 @@ import os
 import secrets
 import signal
 import socket
+import sys
+from collections.abc import Collection
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import uvicorn
@@ -15,15 +18,26 @@ import uvicorn
 from calora.device.app import make_app
 from calora.device.catalogue import Catalogue
 from calora.device.engine import LlamaEngine
+from calora.device.folder import MANIFEST
 from calora.device.limits import Limits
+from calora.device.pool import NOTHING, Pool, stamp
 from calora.errors import CaloraError, first_line
 
 KEY = "CALORA_API_KEY"  # environment variable
+LOOK = 1.0  # seconds between looks at the folder
 FAREWELL = 5  # seconds that running requests have to end
 
 
-def serve(folder: Path, limits: Limits, host: str, port: int, threads: int | None = None) -> None:
-    """Serve an exported folder until SIGINT or SIGTERM.
+def serve(
+    folder: Path,
+    limits: Limits,
+    host: str,
+    port: int,
+    threads: int | None = None,
+    memory: float | None = None,
+    allowed: Collection[Path] = (),
+) -> None:
+    """Serve an exported folder until SIGINT or SIGTERM, with the adapters that manifest.json has meanwhile.
 
     Args:
         folder: what `calora export` wrote.
@@ -31,6 +45,8 @@ def serve(folder: Path, limits: Limits, host: str, port: int, threads: int | Non
         host: address to listen on; whoever reaches it and has the key may use it, without encryption.
         port: 0: a free one.
         threads: of the processor; by default as many as llama.cpp takes.
+        memory: MB that adapters may take; None: as many as there are.
+        allowed: folders besides the served one of which adapters may be added.
 
     Raises:
         CaloraError: the folder is broken or none, a package is missing, or the port is taken.
@@ -45,9 +61,10 @@ def serve(folder: Path, limits: Limits, host: str, port: int, threads: int | Non
     bound = _bind(host, port)
     with bound:
         limits = replace(limits, context=min(limits.context, catalogue.context))
-        engine = LlamaEngine(catalogue.base, catalogue.loras, limits.context, limits.slots, threads)
+        start = partial(LlamaEngine, catalogue.base, context=limits.context, slots=limits.slots, threads=threads)
+        pool = Pool(catalogue, start, limits, memory, allowed)
         config = uvicorn.Config(
-            make_app(catalogue, engine, limits, key), log_level="warning", access_log=False, lifespan="off",
+            make_app(catalogue, pool.engine, limits, key, pool), log_level="warning", access_log=False, lifespan="off",
             server_header=False, timeout_graceful_shutdown=FAREWELL, limit_concurrency=limits.slots + limits.waiting + 64,
         )  # fmt: skip
         # uvicorn ends at these signals, then raises them again; ours make that a normal end.
@@ -56,15 +73,33 @@ def serve(folder: Path, limits: Limits, host: str, port: int, threads: int | Non
         address = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}/v1"
         print(f"{folder} on {address}: {', '.join(catalogue.models)}")
         print(f"API key: {f'as in {KEY}' if given else key}", flush=True)
-        asyncio.run(_run(uvicorn.Server(config), bound, engine))
+        asyncio.run(_run(uvicorn.Server(config), bound, pool))
     print("ended", flush=True)
 
 
-async def _run(server: uvicorn.Server, bound: socket.socket, engine: LlamaEngine) -> None:
+async def _run(server: uvicorn.Server, bound: socket.socket, pool: Pool) -> None:
+    watch = asyncio.create_task(_watch(pool))
     try:
         await server.serve(sockets=[bound])
     finally:
-        await engine.close()
+        watch.cancel()
+        await pool.close()
+
+
+async def _watch(pool: Pool) -> None:
+    """Take what `calora export` adds to the folder meanwhile, and leave out what is no longer there."""
+    manifest = pool.catalogue.folder / MANIFEST
+    seen = stamp(manifest)
+    while True:
+        await asyncio.sleep(LOOK)
+        if (now := stamp(manifest)) in (seen, NOTHING):
+            continue
+        seen = now
+        try:
+            if await pool.follow():
+                print(f"now: {', '.join(pool.catalogue.models)}", flush=True)
+        except CaloraError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
 
 
 def _bind(host: str, port: int) -> socket.socket:
