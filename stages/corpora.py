@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from calora.errors import CaloraError, first_line
-from calora.models.tasks import Task
+from calora.models.tasks import AGREEMENT, Task
 from stages.cells import answer_of, choices_of, filled_text, label_of, places_of
 from stages.config import Archive, DataSet, Files, HubData, Params, Scores
 from stages.files import Rows, own_path, read_file
@@ -32,6 +32,8 @@ def task_of(name: str, source: DataSet) -> Task:
     """The task that a data set defines."""
     more: dict[str, Any] = {"likelihood": source.likelihood, "metrics": source.metrics and tuple(source.metrics)}
     said = {key: value for key, value in more.items() if value is not None}
+    if not source.has_labels("test"):
+        said["metrics"] = (AGREEMENT,)  # what is right nobody knows
     return Task(name, source.prompt, tuple(source.answers), source.max_tokens, source.max_new_tokens, **said)
 
 
@@ -168,7 +170,8 @@ def _labelled(where: str, rows: Rows, source: Files | HubData, task: Task, split
     known = {name for row in rows for name in row}
     columns = dict.fromkeys([*task.columns, *task.answer_columns])
     called = {name: _called(source.columns.get(name, [name]), known, where) for name in columns}
-    label, listed = _called(source.labels_of(split), known, where), task.answer_columns[0] if task.listed else None
+    names_of_label, listed = source.labels_of(split), task.answer_columns[0] if task.listed else None
+    label = _called(names_of_label, known, where) if names_of_label else None
     result: Rows = []
     for number, row in enumerate(rows, 1):
         place = f"{where}, row {number}, column"
@@ -185,8 +188,10 @@ def _labelled(where: str, rows: Rows, source: Files | HubData, task: Task, split
             read[listed], names = read[listed]
             every = places or places_of(names, f"{place} '{called[listed]}'")
             own = {key: at for key, at in every.items() if at < len(names)}
-        value, place = row.get(label), f"{place} '{label}'"
-        known_label = label_of(value, own, place, source.missing) if task.scored else answer_of(value, place)
+        known_label: Any = None
+        if label is not None:
+            value, place = row.get(label), f"{place} '{label}'"
+            known_label = label_of(value, own, place, source.missing) if task.scored else answer_of(value, place)
         result.append({**read, "label": known_label})
     if len(result) < len(rows):
         print(f"{task.name}: {len(rows) - len(result)} rows of {where} without a text left out")
@@ -205,4 +210,6 @@ def _called(names: Sequence[str], known: Collection[str], where: str) -> str:
         if name in known:
             return name
     wanted, found = " or ".join(f"'{name}'" for name in names), f"columns {sorted(known)}"
-    raise CaloraError(where, f"a column {wanted}", found, "check prompt, columns and label in params.yaml")
+    raise CaloraError(
+        where, f"a column {wanted}", found, "check prompt, columns and label in params.yaml (`label: null`: no labels)"
+    )
