@@ -181,12 +181,6 @@ class LabelColumns(Section):
     validation: str | None = None
     test: str | None = None
 
-    @model_validator(mode="after")
-    def _some_column(self) -> Self:
-        if self.train is None and self.test is None:
-            raise ValueError("a column of labels in the test file, or `label: null` where no file has any")
-        return self
-
 
 class Columned(Prompted):
     """Rows with named columns in splits of their own; validation and test may be null: then they are split off train.
@@ -217,6 +211,8 @@ class Columned(Prompted):
     @model_validator(mode="after")
     def _a_label_each(self) -> Self:
         listed = len(self.answers) == 1  # as many answers as a row has
+        if isinstance(self.label, LabelColumns) and self.label.train is self.label.test is None:
+            raise ValueError("a column of labels in the test file, or `label: null` where no file has any")
         if self.label is None and not self.labels:
             return self
         if len(self.labels) != len(self.answers) and not listed:
