@@ -213,7 +213,8 @@ class Columned(Prompted):
         listed = len(self.answers) == 1  # as many answers as a row has
         if isinstance(self.label, LabelColumns) and self.label.train is self.label.test is None:
             raise ValueError("a column of labels in the test file, or `label: null` where no file has any")
-        if self.label is None and not self.labels:
+        brought = bool(self.answers) and all("{" in answer for answer in self.answers)
+        if not self.labels and (self.label is None or brought):  # a row's own: the label is the right one's text
             return self
         if len(self.labels) != len(self.answers) and not listed:
             raise ValueError(f"as many labels as answers ({len(self.labels)} labels, {len(self.answers)} answers)")
@@ -230,9 +231,13 @@ class Scores(Prompted):
 
 
 class Files(Columned):
-    """Files inside own/ (jsonl, json, csv, tsv, each as .gz too, and parquet), one a split; of a list the first that there is."""
+    """Files inside own/ (jsonl, json, csv, tsv, each as .gz too, and parquet), one a split; of a list the first that there is.
+
+    `header` names the columns of csv and tsv files that have no line of names.
+    """
 
     source: Literal["files"]
+    header: Names | None = None
     train: str | Names
     validation: str | Names | None
     test: str | Names | None
@@ -577,7 +582,7 @@ class Params(Section):
 
     def _check_unlabelled(self) -> None:
         """Raise ValueError where a task without labels to learn from has no adapter, or a method that asks for labels."""
-        asks = [name for name, entry in resolve(self.methods).items() if _asks_for_labels(entry)]
+        asks = [name for name, entry in resolve(self.methods).items() if asks_for_labels(entry)]
         for task in self.tasks:
             if self.data.sets[task].has_labels("train"):
                 continue
@@ -592,7 +597,7 @@ class Params(Section):
                 )
 
 
-def _asks_for_labels(entry: Mapping[str, Any]) -> bool:
+def asks_for_labels(entry: Mapping[str, Any]) -> bool:
     """Whether a resolved method learns from labels of the task's texts."""
     loss = entry["loss"]
     return loss == "labels" or (isinstance(loss, Mapping) and loss["labels"] != 0)

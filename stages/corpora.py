@@ -13,7 +13,7 @@ from typing import Any
 
 from calora.errors import CaloraError, first_line
 from calora.models.tasks import AGREEMENT, Task
-from stages.cells import answer_of, choices_of, filled_text, label_of, places_of
+from stages.cells import answer_of, by_text, choices_of, filled_text, label_of, places_of
 from stages.config import Archive, DataSet, Files, HubData, Params, Scores
 from stages.files import Rows, own_path, read_file
 from stages.sources import fetch, read_member
@@ -150,7 +150,7 @@ def _read(source: Files | HubData, task: Task, split: str) -> tuple[str, Rows]:
         return split, []
     if isinstance(source, Files):
         path = _file(name, f"data.sets.{task.name}.{split}")
-        return str(path), read_file(path)
+        return str(path), read_file(path, source.header)
     from datasets import load_dataset  # takes a second to import, and files don't need it
 
     where = f"{source.repo}, split {name}"
@@ -186,16 +186,24 @@ def _labelled(where: str, rows: Rows, source: Files | HubData, task: Task, split
         own = places
         if listed:
             read[listed], names = read[listed]
-            every = places or places_of(names, f"{place} '{called[listed]}'")
+            every = places or {**by_text(read[listed]), **places_of(names, f"{place} '{called[listed]}'")}
             own = {key: at for key, at in every.items() if at < len(names)}
-        known_label: Any = None
-        if label is not None:
-            value, place = row.get(label), f"{place} '{label}'"
-            known_label = label_of(value, own, place, source.missing) if task.scored else answer_of(value, place)
-        result.append({**read, "label": known_label})
+        elif task.answer_columns and not places:
+            own = by_text(task.choices(read))
+        result.append({**read, "label": _told(row, label, own, task, source, place)})
     if len(result) < len(rows):
         print(f"{task.name}: {len(rows) - len(result)} rows of {where} without a text left out")
     return result
+
+
+def _told(
+    row: dict[str, Any], label: str | None, places: dict[str, int], task: Task, source: Files | HubData, place: str
+) -> Any:
+    """The label of a row, or the texts of its answer; None where there is none."""
+    if label is None:
+        return None
+    value, place = row.get(label), f"{place} '{label}'"
+    return label_of(value, places, place, source.missing) if task.scored else answer_of(value, place)
 
 
 def _without_text(place: str, row: dict[str, Any], column: str, listed: bool) -> CaloraError:
