@@ -63,6 +63,13 @@ def adopt(command: argparse.ArgumentParser) -> Act:
         "--answers", nargs="+", default=[], metavar="WORD", help='in the order of the labels: "no,yes"'
     )
     command.add_argument("--label", metavar="COLUMN", help="of the label or the answer")
+    command.add_argument(
+        "--columns",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help='of csv and tsv files without a line of names: "label,text"',
+    )
     command.add_argument("--name", help="of the task; else that of the data")
     command.add_argument("--chat", action="store_true", help="put the prompt into the base's chat template")
     command.add_argument("--copy", action="store_true", help="copy files into own/; else they are linked")
@@ -71,11 +78,17 @@ def adopt(command: argparse.ArgumentParser) -> Act:
     def act(chosen: argparse.Namespace) -> None:
         from pipeline.adopt import Wanted, adopt
 
-        words = chosen.answers[0].split(",") if len(chosen.answers) == 1 else chosen.answers
-        given = {key: value for key, value in vars(chosen).items() if key not in ("act", "dry_run", "data", "answers")}
-        adopt(ROOT, Wanted(data=tuple(chosen.data), answers=tuple(words), **given), chosen.dry_run)
+        answers, columns = split_words(chosen.answers), split_words(chosen.columns)
+        apart = ("act", "dry_run", "data", "answers", "columns")
+        given = {key: value for key, value in vars(chosen).items() if key not in apart}
+        adopt(ROOT, Wanted(data=tuple(chosen.data), answers=answers, columns=columns, **given), chosen.dry_run)
 
     return act
+
+
+def split_words(given: list[str]) -> tuple[str, ...]:
+    """Words of the command line, one by one or in one with commas."""
+    return tuple(given[0].split(",") if len(given) == 1 else given)
 
 
 def run(command: argparse.ArgumentParser) -> Act:

@@ -53,7 +53,12 @@ def label_of(value: Any, places: Mapping[str, int], where: str, missing: Sequenc
     if key in ("-1", *map(_key, missing)) or value is None or (key is None and isinstance(value, str | float)):
         return None
     fix = "check `labels` in params.yaml (YAML reads yes, no and null as no texts: quote them)"
-    raise CaloraError(where, f"a label among {', '.join(places)}", repr(value)[:80], fix)
+    raise CaloraError(where, f"a label among {', '.join(places):.200}", repr(value)[:80], fix)
+
+
+def by_text(texts: Sequence[str]) -> dict[str, int]:
+    """What a label that is the right answer's text is found by; of two that are alike the first."""
+    return {str(_key(text)): place for place, text in reversed(list(enumerate(texts)))}
 
 
 def choices_of(value: Any) -> tuple[list[str], list[str]] | None:

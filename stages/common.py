@@ -42,6 +42,11 @@ def targets(task: str) -> Path:
     return Path("models/targets") / task
 
 
+def labels(task: str) -> Path:
+    """The teacher's answers to validation and test texts without labels; where all have one, a note."""
+    return Path("models/labels") / task
+
+
 def written(task: str, method: str) -> Path:
     """The texts that the teacher wrote for a method, and its outputs for them; for most methods a note."""
     return Path("models/written") / task / method

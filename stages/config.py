@@ -56,6 +56,7 @@ TAKEN = (
     "small_lora",
     "teacher",
     "targets",
+    "labels",
     "compressed",
     "taken",
     "brought",
@@ -161,15 +162,22 @@ class Prompted(Section):
             raise ValueError(expected)
         return self
 
+    def has_labels(self, split: str) -> bool:
+        """Whether the texts of a split have labels, some at least."""
+        return True
+
 
 Value = str | int | bool
 Names = Annotated[list[str], Field(min_length=1)]  # the first of them that there is
 
 
 class LabelColumns(Section):
-    """The label's column where the files name it differently; it is as in train where it is left out."""
+    """The label's column where the files name it differently; it is as in train where it is left out.
 
-    train: str
+    `train: null`: the training texts have no labels.
+    """
+
+    train: str | None
     validation: str | None = None
     test: str | None = None
 
@@ -177,27 +185,37 @@ class LabelColumns(Section):
 class Columned(Prompted):
     """Rows with named columns in splits of their own; validation and test may be null: then they are split off train.
 
-    `label` names the column of the label or of the answer (a list: the first that there is); `labels` are its values,
-    in the order of `answers` (a list in it: values that mean the same). `columns` says under which names files have
+    `label` names the column of the label or of the answer (a list: the first that there is; null: there are no labels);
+    `labels` are its values, in the order of `answers` (a list in it: values that mean the same). `columns` says under which names files have
     columns of the prompt and the answers that they call otherwise. `missing` are values of the label that stand for none,
     `incomplete` is what becomes of a row without one of the texts.
     """
 
-    label: str | Names | LabelColumns
+    label: str | Names | LabelColumns | None
     labels: list[Value | Annotated[list[Value], Field(min_length=1)]]
     columns: dict[str, Names] = {}
     missing: list[Value] = []
     incomplete: Literal["refuse", "leave_out"] = "refuse"
 
     def labels_of(self, split: str) -> list[str]:
-        """The names that the label's column may have in the file of a split."""
-        if isinstance(self.label, LabelColumns):
-            return [getattr(self.label, split) or self.label.train]
-        return [self.label] if isinstance(self.label, str) else self.label
+        """The names that the label's column may have in the file of a split; none where its texts have no labels."""
+        label = self.label
+        if isinstance(label, LabelColumns):
+            label = getattr(label, split) or label.train
+        return [label] if isinstance(label, str) else label or []
+
+    def has_labels(self, split: str) -> bool:
+        """Whether the file of a split has a column of labels."""
+        return bool(self.labels_of(split))
 
     @model_validator(mode="after")
     def _a_label_each(self) -> Self:
         listed = len(self.answers) == 1  # as many answers as a row has
+        if isinstance(self.label, LabelColumns) and self.label.train is self.label.test is None:
+            raise ValueError("a column of labels in the test file, or `label: null` where no file has any")
+        brought = bool(self.answers) and all("{" in answer for answer in self.answers)
+        if not self.labels and (self.label is None or brought):  # a row's own: the label is the right one's text
+            return self
         if len(self.labels) != len(self.answers) and not listed:
             raise ValueError(f"as many labels as answers ({len(self.labels)} labels, {len(self.answers)} answers)")
         return self
@@ -213,9 +231,13 @@ class Scores(Prompted):
 
 
 class Files(Columned):
-    """Files inside own/ (jsonl, json, csv, tsv, each as .gz too, and parquet), one a split; of a list the first that there is."""
+    """Files inside own/ (jsonl, json, csv, tsv, each as .gz too, and parquet), one a split; of a list the first that there is.
+
+    `header` names the columns of csv and tsv files that have no line of names.
+    """
 
     source: Literal["files"]
+    header: Names | None = None
     train: str | Names
     validation: str | Names | None
     test: str | Names | None
@@ -551,11 +573,34 @@ class Params(Section):
                     f"methods.{name}: models/{name} is a folder of the pipeline's own: choose another name"
                 )
             _check_method(name, entry)
+        self._check_unlabelled()
         stages = Counter(map("-".join, product(self.tasks, self.recipes, self.compare)))  # as DVC names them
         name, times = stages.most_common(1)[0]
         if times > 1:
             raise ValueError(f"tasks, recipes and compare make two stages '{name}': write a name with _ instead of -")
         return self
+
+    def _check_unlabelled(self) -> None:
+        """Raise ValueError where a task without labels to learn from has no adapter, or a method that asks for labels."""
+        asks = [name for name, entry in resolve(self.methods).items() if asks_for_labels(entry)]
+        for task in self.tasks:
+            if self.data.sets[task].has_labels("train"):
+                continue
+            if task not in self.teacher.adapters:
+                raise ValueError(
+                    f"data.sets.{task} has no labels to train a teacher on: name an adapter in teacher.adapters.{task}"
+                )
+            if wrong := [name for name in self.compare if name in asks]:
+                fit = ", ".join(name for name in self.methods if name not in asks)
+                raise ValueError(
+                    f"compare names {', '.join(wrong)}, which learn from labels, and data.sets.{task} has none to learn from: name some of {fit}"
+                )
+
+
+def asks_for_labels(entry: Mapping[str, Any]) -> bool:
+    """Whether a resolved method learns from labels of the task's texts."""
+    loss = entry["loss"]
+    return loss == "labels" or (isinstance(loss, Mapping) and loss["labels"] != 0)
 
 
 def _check_method(name: str, entry: dict[str, Any]) -> None:

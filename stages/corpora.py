@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from calora.errors import CaloraError, first_line
-from calora.models.tasks import Task
-from stages.cells import answer_of, choices_of, filled_text, label_of, places_of
+from calora.models.tasks import AGREEMENT, Task
+from stages.cells import answer_of, by_text, choices_of, filled_text, label_of, places_of
 from stages.config import Archive, DataSet, Files, HubData, Params, Scores
 from stages.files import Rows, own_path, read_file
 from stages.sources import fetch, read_member
@@ -32,6 +32,8 @@ def task_of(name: str, source: DataSet) -> Task:
     """The task that a data set defines."""
     more: dict[str, Any] = {"likelihood": source.likelihood, "metrics": source.metrics and tuple(source.metrics)}
     said = {key: value for key, value in more.items() if value is not None}
+    if not source.has_labels("test"):
+        said["metrics"] = (AGREEMENT,)  # what is right nobody knows
     return Task(name, source.prompt, tuple(source.answers), source.max_tokens, source.max_new_tokens, **said)
 
 
@@ -148,7 +150,7 @@ def _read(source: Files | HubData, task: Task, split: str) -> tuple[str, Rows]:
         return split, []
     if isinstance(source, Files):
         path = _file(name, f"data.sets.{task.name}.{split}")
-        return str(path), read_file(path)
+        return str(path), read_file(path, source.header)
     from datasets import load_dataset  # takes a second to import, and files don't need it
 
     where = f"{source.repo}, split {name}"
@@ -168,7 +170,8 @@ def _labelled(where: str, rows: Rows, source: Files | HubData, task: Task, split
     known = {name for row in rows for name in row}
     columns = dict.fromkeys([*task.columns, *task.answer_columns])
     called = {name: _called(source.columns.get(name, [name]), known, where) for name in columns}
-    label, listed = _called(source.labels_of(split), known, where), task.answer_columns[0] if task.listed else None
+    names_of_label, listed = source.labels_of(split), task.answer_columns[0] if task.listed else None
+    label = _called(names_of_label, known, where) if names_of_label else None
     result: Rows = []
     for number, row in enumerate(rows, 1):
         place = f"{where}, row {number}, column"
@@ -183,14 +186,24 @@ def _labelled(where: str, rows: Rows, source: Files | HubData, task: Task, split
         own = places
         if listed:
             read[listed], names = read[listed]
-            every = places or places_of(names, f"{place} '{called[listed]}'")
+            every = places or {**by_text(read[listed]), **places_of(names, f"{place} '{called[listed]}'")}
             own = {key: at for key, at in every.items() if at < len(names)}
-        value, place = row.get(label), f"{place} '{label}'"
-        known_label = label_of(value, own, place, source.missing) if task.scored else answer_of(value, place)
-        result.append({**read, "label": known_label})
+        elif task.answer_columns and not places:
+            own = by_text(task.choices(read))
+        result.append({**read, "label": _told(row, label, own, task, source, place)})
     if len(result) < len(rows):
         print(f"{task.name}: {len(rows) - len(result)} rows of {where} without a text left out")
     return result
+
+
+def _told(
+    row: dict[str, Any], label: str | None, places: dict[str, int], task: Task, source: Files | HubData, place: str
+) -> Any:
+    """The label of a row, or the texts of its answer; None where there is none."""
+    if label is None:
+        return None
+    value, place = row.get(label), f"{place} '{label}'"
+    return label_of(value, places, place, source.missing) if task.scored else answer_of(value, place)
 
 
 def _without_text(place: str, row: dict[str, Any], column: str, listed: bool) -> CaloraError:
@@ -205,4 +218,6 @@ def _called(names: Sequence[str], known: Collection[str], where: str) -> str:
         if name in known:
             return name
     wanted, found = " or ".join(f"'{name}'" for name in names), f"columns {sorted(known)}"
-    raise CaloraError(where, f"a column {wanted}", found, "check prompt, columns and label in params.yaml")
+    raise CaloraError(
+        where, f"a column {wanted}", found, "check prompt, columns and label in params.yaml (`label: null`: no labels)"
+    )

@@ -21,16 +21,16 @@ from calora.common.files import read_json, whole_directory, write_text
 from calora.common.parallel import only_first_goes_on, place
 from calora.compressed import Compressed, load
 from calora.distillation.distill import Pool, distill
-from calora.distillation.labels import with_labels
+from calora.distillation.labels import joined, with_labels
 from calora.distillation.loss import Weights
 from calora.distillation.targets import Targets
 from calora.distillation.training import History
 from calora.errors import CaloraError
 from calora.models.loading import training_attention
-from calora.models.tasks import Row, Task, encode_all, positions
+from calora.models.tasks import AGREEMENT, Row, Task, encode_all, positions
 from stages.common import METHODS, adapter, compressed, inherited, results, run, targets, written
 from stages.config import Params, Start
-from stages.splits import TARGETS, read_split, read_task, read_written, texts_of
+from stages.splits import TARGETS, has_labels, read_split, read_task, read_written, texts_of
 from stages.training import checkpoint, run_key, schedule, scorer
 
 MADE_BY = "run `dvc repro methods`"
@@ -61,13 +61,14 @@ def main(params: Params, name: str, recipe: str, method: str) -> None:
         best = score()
     lora_alone(model)
     alone = score() if start.recovery or start.scales else best
-    measured = f"validation_{task.metrics[0]}"
+    metric = task.metrics[0] if has_labels(read_split(name, "validation")) else AGREEMENT
+    measured = f"validation_{metric}"
     scores = {measured: best, f"{measured}_lora_alone": alone}
     only_first_goes_on()
     made.meta |= {"metrics": scores}
     base = str(compressed(recipe))
-    card = calora_card(task, base, start.meta["origin"], best, alone if made.config else None)
-    write_curves(results(name, recipe, "curves", method), history, task.metrics[0])
+    card = calora_card(task, base, start.meta["origin"], metric, best, alone if made.config else None)
+    write_curves(results(name, recipe, "curves", method), history, metric)
     write_adapter(out, made, base, card, torch.bfloat16, {"history.json": history.to_json()}, kind)
     if saved:
         saved.clear()
@@ -102,9 +103,11 @@ def pools(
         pool(read_split(task.name, split), targets(task.name) / split) if told or split == "train" else None
         for split in ("train", "unlabelled")
     )
+    assert labelled is not None  # read_split raises on an empty training split
+    if not has_labels(read_split(task.name, "train")):
+        return None, joined(labelled, unlabelled)
     if loss["labels"] == "all":
         return labelled, unlabelled
-    assert labelled is not None  # read_split raises on an empty training split
     try:
         return with_labels(labelled, unlabelled, loss["labels"], params.seed)
     except CaloraError as error:

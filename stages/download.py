@@ -16,9 +16,9 @@ from calora.common.files import fingerprint, read_json, whole_directory, write_j
 from calora.errors import CaloraError
 from calora.models.tasks import Task
 from stages.common import brought, data, run
-from stages.config import Imported, ImportedHub, Params
+from stages.config import DataSet, Imported, ImportedHub, Params
 from stages.corpora import SPLITS, split_pools, task_of
-from stages.files import own_path
+from stages.files import Rows, own_path
 from stages.sources import snapshot
 
 
@@ -28,28 +28,44 @@ def main(params: Params, name: str) -> None:
     task = task_of(name, source)
     pools = split_pools(params, source, task)
     sizes = params.data.sizes
-    labelled = [row for row in pools["train"] if row["label"] is not None]
-    train = labelled[: sizes.train]
-    taken = {id(row) for row in train}
-    rest = [strip(row) for row in pools["train"] if id(row) not in taken]
-    splits = {
-        "train": train,
-        "validation": [row for row in pools["validation"] if row["label"] is not None][: sizes.validation],
-        "test": [row for row in pools["test"] if row["label"] is not None][: sizes.test],
-        "unlabelled": rest[: sizes.unlabelled],
-    }
+    splits = {split: usable(pools[split], source.has_labels(split))[: getattr(sizes, split)] for split in SPLITS}
     for split in SPLITS:
         if not splits[split]:
-            fix = "check its source (a text counts once: in test, else in validation, else in train)"
-            found = f"{len(pools[split])} rows, none with a label"
-            raise CaloraError(f"data.sets.{name}", f"labelled rows for the {split} split", found, fix)
+            raise nothing(name, split, len(pools[split]), source.has_labels(split))
+    taken = {id(row) for row in splits["train"]}
+    rest = [strip(row) for row in pools["train"] if id(row) not in taken]
+    splits["unlabelled"] = rest[: sizes.unlabelled]
     bring(params.teacher.adapters.get(name), name)
     with whole_directory(data(name)) as scratch:
         write_json(scratch / "task.json", task.to_json())
         for split, rows in splits.items():
             write_text(scratch / f"{split}.jsonl", "".join(json.dumps(finished(row, task)) + "\n" for row in rows))
-            left = 0 if split in ("train", "unlabelled") else sum(row["label"] is None for row in pools[split])
-            print(f"{name}: {len(rows)} {split}" + (f" ({left} without a label left out)" if left else ""))
+            print(f"{name}: {len(rows)} {split}{told(split, pools.get(split, []), source)}")
+
+
+def usable(rows: Rows, labelled: bool) -> Rows:
+    """The rows of a split: those with a label, or all of them where the set has none."""
+    return [row for row in rows if row["label"] is not None] if labelled else rows
+
+
+def nothing(name: str, split: str, found: int, labelled: bool) -> CaloraError:
+    """What is said of a split without rows."""
+    fix = "check its source (a text counts once: in test, else in validation, else in train)"
+    if not labelled:
+        return CaloraError(f"data.sets.{name}", f"rows for the {split} split", "none", fix)
+    if found:
+        fix += "; texts without labels are taken where `label` says so: null, or {train: null, test: COLUMN}"
+    return CaloraError(
+        f"data.sets.{name}", f"labelled rows for the {split} split", f"{found} rows, none with a label", fix
+    )
+
+
+def told(split: str, rows: Rows, source: DataSet) -> str:
+    """What is said of labels behind the number of a split's rows."""
+    left = sum(row["label"] is None for row in rows)
+    if not left or (split == "train" and source.has_labels(split)):
+        return ""
+    return f" ({left} without a label left out)" if source.has_labels(split) else " (without labels)"
 
 
 def bring(imported: Imported | ImportedHub | None, name: str) -> None:

@@ -11,7 +11,7 @@ from calora.models.loading import load_tokenizer
 from stages.common import BASE, adapter, compressed, exported, results, run
 from stages.config import Params
 from stages.scored import read_scored
-from stages.splits import read_split, read_task
+from stages.splits import read_checked, read_task
 
 
 def main(params: Params, name: str, recipe: str) -> None:
@@ -26,7 +26,7 @@ def main(params: Params, name: str, recipe: str) -> None:
     about = export(
         compressed(recipe), {name: adapter(ours, name, recipe)}, exported(name, recipe), kinds=params.export.kinds,
         requantise=params.export.requantise, adapter_type=params.export.adapter_type, recovery=params.export.recovery,
-        tests={name: read_split(name, "test")} if one_token else {}, hits={name: scored.correct}, draws=params.evaluate.draws, seed=params.seed,
+        tests={name: read_checked(name, "test")} if one_token else {}, hits={name: scored.correct}, draws=params.evaluate.draws, seed=params.seed,
     )  # fmt: skip
     for kind, score in about["adapters"][name]["scores"].items():
         low, high = score["difference"]["ci"]

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,6 +19,7 @@ from calora.errors import CaloraError
 
 OWN = Path("own")
 Rows = list[dict[str, Any]]
+Cells = list[list[str]]
 
 
 def own_path(name: str, where: str) -> Path:
@@ -35,24 +36,29 @@ def own_path(name: str, where: str) -> Path:
     return path
 
 
-def read_file(path: Path) -> Rows:
+def read_file(path: Path, header: Sequence[str] | None = None) -> Rows:
     """The rows of a file by the names of their columns; a value that is missing is None.
+
+    Args:
+        header: the names, of a table that has no line of them.
 
     Raises:
         CaloraError: not one of READERS, or broken; names the row.
     """
     packed = path.suffix.lower() == ".gz"
     kind = (path.with_suffix("") if packed else path).suffix.lower()
+    if header is not None and kind not in TABLES:
+        raise CaloraError(path, "a csv or tsv file, where columns are given names", kind, "leave their names out")
     if kind == ".parquet":
         return _parquet(path)
-    if kind not in READERS:
-        known = ", ".join(READERS)
+    if kind not in KINDS:
+        known = ", ".join(KINDS)
         raise CaloraError(path, f"a file of {known} (.gz too) or .parquet", f"a {kind or 'bare'} file", "convert it")
     opened: Callable[..., Any] = gzip.open if packed else open
     try:
         # A line ends at its line feed: a lone carriage return or a mark of Unicode's is a part of the text.
         with opened(path, "rt", encoding="utf-8-sig", newline="" if kind == ".csv" else "\n") as stream:
-            return READERS[kind](path, stream)
+            return _table(path, TABLES[kind](path, stream), header) if kind in TABLES else READERS[kind](path, stream)
     except UnicodeDecodeError as error:
         raise CaloraError(path, "text in UTF-8", error, "convert it to UTF-8") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -112,24 +118,26 @@ def _objects(path: Path, rows: list[Any]) -> Rows:
     return rows
 
 
-def _csv(path: Path, stream: TextIO) -> Rows:
+def _csv(path: Path, stream: TextIO) -> Cells:
     csv.field_size_limit(sys.maxsize)  # a text may be long
     try:
-        return _table(path, list(csv.reader(stream, strict=True)))
+        return list(csv.reader(stream, strict=True))
     except csv.Error as error:
         raise CaloraError(path, "fields between commas, quoted as RFC 4180 has it", error, "mend the file") from None
 
 
-def _tsv(path: Path, stream: TextIO) -> Rows:
-    return _table(path, [line.rstrip("\r\n").split("\t") if line.strip("\r\n") else [] for line in stream])
+def _tsv(path: Path, stream: TextIO) -> Cells:
+    return [line.rstrip("\r\n").split("\t") if line.strip("\r\n") else [] for line in stream]
 
 
-def _table(path: Path, lines: list[list[str]]) -> Rows:
+def _table(path: Path, lines: Cells, names: Sequence[str] | None) -> Rows:
     """Rows below a line of names; an empty cell is missing, and so are those that a short row leaves out."""
-    header, *cells = [line for line in lines if line] or [[]]
+    cells = [line for line in lines if line]
+    header = list(names) if names is not None else cells.pop(0) if cells else []
     named = [name for name in header if name]
     if len(set(named)) < len(named):
-        raise CaloraError(path, "a name of its own for each column", ", ".join(header), "rename them in the file")
+        fix = "rename them, or say `header` (adopt: --columns) where there is no line of names"
+        raise CaloraError(path, "a name of its own for each column", f"{', '.join(header):.80}", fix)
     rows = []
     for number, values in enumerate(cells, 1):
         if len(values) > len(header):
@@ -152,6 +160,6 @@ def _parquet(path: Path) -> Rows:
     return rows
 
 
-READERS: dict[str, Callable[[Path, TextIO], Rows]] = {
-    ".jsonl": _json_lines, ".json": _json, ".csv": _csv, ".tsv": _tsv,
-}  # fmt: skip
+READERS: dict[str, Callable[[Path, TextIO], Rows]] = {".jsonl": _json_lines, ".json": _json}
+TABLES: dict[str, Callable[[Path, TextIO], Cells]] = {".csv": _csv, ".tsv": _tsv}
+KINDS = (*READERS, *TABLES)

@@ -40,7 +40,7 @@ OTHERS = [(colour, marker) for marker in "<>phd8" for colour in ("#0072B2", "#D5
 
 METRICS = {
     "accuracy": "accuracy", "f1": "F1", "macro_f1": "macro F1", "matthews": "Matthews", "em": "exact match",
-    "score": "score",
+    "agreement": "agreement with the teacher", "score": "score",
 }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import torch
 
 from calora.adapters.folder import read_plain_lora
 from calora.adapters.lora import attach_adapter, set_active
+from calora.adapters.places import CONFIG
 from calora.adapters.teachers import WHOLE, attach_teacher
 from calora.common.files import read_json, write_json
 from calora.models.loading import load_model, load_tokenizer, training_attention
@@ -22,7 +23,7 @@ from stages.splits import read_task
 
 
 def main(params: Params, name: str) -> None:
-    """`llm`, `llm_lora` and, where every row has the same answers, `small_lora`."""
+    """`llm`, `llm_lora` and, where the small baseline has one, `small_lora`."""
     task, tokenizer = read_task(name), load_tokenizer(BASE)
     model = load_model(BASE, attention=training_attention())
     methods = {"llm": score_test(model, task, tokenizer, params, "llm", BASE, None, 0)}
@@ -32,8 +33,8 @@ def main(params: Params, name: str) -> None:
     size = attach_teacher(model, folder, name)
     stored = folder / WHOLE if (folder / WHOLE).exists() else folder
     methods["llm_lora"] = score_test(model, task, tokenizer, params, "llm_lora", BASE, stored, size)
-    if task.fixed:
-        folder = small_lora(name)
+    folder = small_lora(name)
+    if (folder / CONFIG).exists():
         small: Any = load_model(SMALL, torch.float32, labels=len(task.answers))
         trained = read_plain_lora(folder)
         attach_adapter(small, trained, name)

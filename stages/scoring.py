@@ -12,7 +12,7 @@ from calora.evaluation.predict import correct, measured, predict
 from calora.models.tasks import Task, encode_all, positions
 from stages.config import Params
 from stages.scored import Scored
-from stages.splits import read_split
+from stages.splits import read_checked
 
 
 def score_test(
@@ -27,7 +27,7 @@ def score_test(
 ) -> Scored:
     """Answers and whether each is right; `base` and `adapter` are the folders whose bytes count."""
     place(model)
-    examples = encode_all(task, tokenizer, read_split(task.name, "test"), positions(model.config))
+    examples = encode_all(task, tokenizer, read_checked(task.name, "test"), positions(model.config))
     predictions = predict(model, task, tokenizer, examples, params.evaluate.batch_size, f"{task.name}: {title}")
     items = {metric: measured(metric, task, predictions, examples) for metric in task.metrics}
     scores = {metric: float(value_of(metric, counts_pairs(metric, task))(found)) for metric, found in items.items()}

@@ -11,18 +11,19 @@ from calora.models.anatomy import linear_layers
 from calora.models.loading import load_model, load_tokenizer
 from stages.common import SMALL, run, small_lora
 from stages.config import Params
-from stages.splits import read_task
+from stages.splits import has_labels, read_split, read_task
 from stages.training import train_lora
 
 
 def main(params: Params, name: str) -> None:
-    """The small classifier of a task with the same answers for every row; others have none (a note in the folder says so)."""
+    """The small classifier of a task with labels and the same answers for every row; others have none (a note says so)."""
     task = read_task(name)
-    if not task.fixed:
+    lacks = "fixed answers" if not task.fixed else "" if has_labels(read_split(name, "train")) else "labels"
+    if lacks:
         only_first_goes_on()
         with whole_directory(small_lora(name)) as scratch:
             write_json(
-                scratch / "none.json", {"reason": "the small baseline is a classifier; this task has no fixed answers"}
+                scratch / "none.json", {"reason": f"the small baseline is a classifier; this task has no {lacks}"}
             )
         return
     torch.manual_seed(params.seed)  # the classification head's first weights

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from calora.common.files import read_json
-from calora.models.tasks import Example, Task, read_rows
-from stages.common import CALIBRATION, METHODS, data, written
+from calora.errors import CaloraError
+from calora.models.tasks import Example, Row, Task, read_rows
+from stages.common import CALIBRATION, METHODS, data, labels, written
 
 WRITTEN, TARGETS = "texts.jsonl", "targets"  # in models/written/<task>/<method>
 
@@ -23,6 +25,24 @@ def read_split(name: str, split: str) -> list[dict[str, Any]]:
     if split == "unlabelled" and path.exists() and path.stat().st_size == 0:
         return []
     return read_rows(path, f"run `dvc repro download@{name}`")
+
+
+def has_labels(rows: Sequence[Row]) -> bool:
+    """Whether the rows of a split have labels or answers: all of them have, or none."""
+    return any(key in rows[0] for key in ("label", "answer"))
+
+
+def read_checked(name: str, split: str) -> list[dict[str, Any]]:
+    """Rows of validation or test with their labels; where the set has none, with the teacher's answers in their place."""
+    rows = read_split(name, split)
+    if has_labels(rows):
+        return rows
+    path = labels(name) / f"{split}.jsonl"
+    made_by = f"run `dvc repro teacher@{name}`"
+    said = read_rows(path, made_by)
+    if len(said) != len(rows):
+        raise CaloraError(path, f"an answer of the teacher for each of {len(rows)} texts", len(said), made_by)
+    return [{**row, **one} for row, one in zip(rows, said, strict=True)]
 
 
 def texts_of(method: str) -> str:

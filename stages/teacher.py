@@ -1,12 +1,14 @@
 """Train (or import) the LoRA on the uncompressed LLM and store its outputs for every training text.
 
 Reads models/base, models/brought/<task>, data/<task>; writes models/teacher/<task> (a plain PEFT LoRA; of another adapter
-the LoRA that stands in for it, and all of it in whole/) and models/targets/<task>.
+the LoRA that stands in for it, and all of it in whole/), models/targets/<task> and models/labels/<task>.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +20,19 @@ from calora.adapters.lora import Adapter, attach_adapter, check_targets, inject,
 from calora.adapters.places import CONFIG
 from calora.adapters.standin import stand_in
 from calora.adapters.teachers import WHOLE, Whole, attach_teacher, attach_whole, import_adapter, write_whole
-from calora.common.files import replace_directory, write_json
+from calora.common.files import replace_directory, whole_directory, write_json, write_text
 from calora.common.parallel import only_first_goes_on, place
 from calora.common.versions import FILE, versions
 from calora.distillation.targets import write_targets
 from calora.distillation.training import Checkpoint
+from calora.evaluation.predict import predict
 from calora.models.anatomy import named
 from calora.models.loading import load_model, load_tokenizer, training_attention
 from calora.models.tasks import Task, encode_all, positions
 from calora.models.uniform import was_conv1d
-from stages.common import BASE, CHECKPOINTS, brought, run, targets, teacher
+from stages.common import BASE, CHECKPOINTS, brought, labels, run, targets, teacher
 from stages.config import Params
-from stages.splits import read_split, read_task
+from stages.splits import has_labels, read_split, read_task
 from stages.training import run_key, scorer, train_lora
 
 IMPORTED = "imported.json"  # beside an imported teacher: its scores, and what of it no LoRA carries
@@ -69,7 +72,14 @@ def take_imported(params: Params, task: Task, theirs: Path, model: Any) -> None:
     rows = read_split(task.name, "train")
     adapter = import_adapter(theirs, model, tokenizer, [task.render(row) for row in rows])
     place(model)
-    scores = {"base": scorer(model, task, tokenizer, params)()}
+    known = has_labels(read_split(task.name, "validation"))
+    scores: dict[str, float] = {}
+
+    def score(of: str, what: Any) -> None:
+        if known:
+            scores[of] = scorer(what, task, tokenizer, params)()
+
+    score("base", model)
     about: dict[str, Any] = {"beyond": [], "validation_accuracy": scores}
     if isinstance(adapter, Whole):
         attach_whole(model, adapter, theirs)
@@ -77,11 +87,11 @@ def take_imported(params: Params, task: Task, theirs: Path, model: Any) -> None:
         lora = _lora_of(params, task, adapter, model, about)
         if about["lora"] != "fresh":
             alone = with_lora(load_model(BASE, attention=training_attention()), lora, task.name)
-            scores["lora"] = scorer(alone, task, tokenizer, params)()
+            score("lora", alone)
     else:
         lora = adapter
         with_lora(model, lora, task.name)
-    scores["adapter"] = scorer(model, task, tokenizer, params)()
+    score("adapter", model)
     only_first_goes_on()
     as_peft_has_it(lora.config, model)
     card, notes = plain_card(task, str(BASE)), {FILE: versions(), IMPORTED: about}
@@ -127,8 +137,10 @@ def _lora_of(params: Params, task: Task, whole: Whole, model: Any, about: dict[s
 def told(name: str, about: dict[str, Any]) -> str:
     """One line on an imported adapter: what it gives on the base, and what of it no LoRA carries."""
     scores = about["validation_accuracy"]
-    line = f"{name}: the adapter has {scores['adapter']:.3f} on validation, the base alone {scores['base']:.3f}"
-    if scores["adapter"] <= scores["base"]:
+    line = f"{name}: no labels to score the adapter by"
+    if scores:
+        line = f"{name}: the adapter has {scores['adapter']:.3f} on validation, the base alone {scores['base']:.3f}"
+    if scores and scores["adapter"] <= scores["base"]:
         line += "; it gains nothing there: is it of this base, and is the prompt that of its training?"
     if not about["beyond"]:
         return line
@@ -157,9 +169,26 @@ def store_targets(params: Params, task: Task) -> None:
                 unfinished / split, model, task, tokenizer, examples,
                 params.train.eval_batch_size, params.teacher.top_k, f"{task.name}: targets of {split}",
             )  # fmt: skip
+    store_labels(params, task, model, tokenizer)
     write_json(unfinished / FILE, versions())
     replace_directory(unfinished, targets(task.name))
     shutil.rmtree(CHECKPOINTS / targets(task.name))  # with what an earlier, abandoned run left there
+
+
+def store_labels(params: Params, task: Task, model: Any, tokenizer: Any) -> None:
+    """The teacher's answers to validation and test texts that have no labels: they choose and score in their place."""
+    with whole_directory(labels(task.name)) as scratch:
+        missing = [split for split in ("validation", "test") if not has_labels(read_split(task.name, split))]
+        for split in missing:
+            examples = encode_all(task, tokenizer, read_split(task.name, split), positions(model.config))
+            title = f"{task.name}: the teacher answers {split}"
+            said = predict(model, task, tokenizer, examples, params.train.eval_batch_size, title)
+            key, answers = ("label", said.labels) if task.scored else ("answer", said.answers)
+            write_text(scratch / f"{split}.jsonl", "".join(json.dumps({key: answer}) + "\n" for answer in answers))
+            shares = Counter(said.answers).most_common(6)
+            print(f"{title}:", ", ".join(f"{count / len(examples):.2f} {answer!r:.40}" for answer, count in shares))
+        if not missing:
+            write_json(scratch / "none.json", {"reason": "validation and test texts have labels of their own"})
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from calora.evaluation.predict import score
 from calora.models.tasks import Task, encode_all, positions
 from stages.common import CHECKPOINTS, data
 from stages.config import Params
-from stages.splits import read_split
+from stages.splits import read_checked, read_split
 
 Score = Callable[[], float]
 CODE = (Path(calora.__file__).parent, Path(__file__).parent)
@@ -39,7 +39,7 @@ def schedule(params: Params) -> Schedule:
 
 def scorer(model: Any, task: Task, tokenizer: Any, params: Params) -> Score:
     """() -> the task's first metric on the validation split."""
-    examples = encode_all(task, tokenizer, read_split(task.name, "validation"), positions(model.config))
+    examples = encode_all(task, tokenizer, read_checked(task.name, "validation"), positions(model.config))
     return lambda: score(model, task, tokenizer, examples, params.train.eval_batch_size)
 
 

@@ -238,7 +238,7 @@ def test_plain_prompts_are_prompts():
 @pytest.mark.parametrize("base_name", ["models/x", "C: a model", "a # b", "'x': [y", "- z", "yes"])
 def test_cards_are_yaml_whatever_the_names(base_name):
     task = Task("a: `b`", "Is it `so`: {text}\n---\nyes: no", ("a: b", "`"), 8, 2)
-    for card in (plain_card(task, base_name), calora_card(task, base_name, "o: p", 0.5, 0.25)):
+    for card in (plain_card(task, base_name), calora_card(task, base_name, "o: p", "accuracy", 0.5, 0.25)):
         front = yaml.safe_load(card.split("---\n")[1])
         assert front["base_model"] == base_name and front["library_name"] == "peft" and "lora" in front["tags"]
 

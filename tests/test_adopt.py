@@ -30,8 +30,8 @@ from calora.saving import save
 from pipeline.__main__ import main
 from pipeline.adopt import Wanted, adopt
 from pipeline.adopt.columns import choice, label_column, matched, proposed_answers, proposed_prompt, text_columns
-from pipeline.adopt.data import in_template
 from pipeline.adopt.outlook import Texts, outlook
+from pipeline.adopt.words import in_template
 from pipeline.values import editor
 from stages import base as base_stage
 from stages import download
@@ -331,7 +331,7 @@ def test_answers_that_are_written_freely(project, theirs):
     adopt(project, Wanted(base=str(theirs / "base"), data=(str(theirs / "questions.json"),)))
     entry = load_params().data.sets["questions"]
     assert (entry.answers, entry.labels, entry.label, entry.max_new_tokens) == ([], [], "answers", 2)
-    assert entry.prompt == "Context: {context}\nQuestion: {question}\nAnswers:"
+    assert entry.prompt == "Context: {context}\nQuestion: {question}\nAnswer:"
     download.main(load_params(), "questions")
     assert json.loads(Path("data/questions/test.jsonl").read_text().splitlines()[0])["answer"]
 
@@ -352,7 +352,7 @@ def test_columns_are_told_apart():
         "not ok",
         "ok",
     ]
-    assert proposed_prompt(["question_1", "text"], "label") == "Question 1: {question_1}\nText: {text}\nLabel:"
+    assert proposed_prompt(["question_1", "text"], "label", True) == "Question 1: {question_1}\nText: {text}\nLabel:"
 
 
 def test_a_prompt_in_the_bases_chat_template(project, theirs):

@@ -14,7 +14,7 @@ def plain_card(task: Task, base: str) -> str:
     return _card(base, ["lora"], f"# LoRA for {_code(task.name)}\n\nA plain PEFT LoRA.\n\n{_described(task)}")
 
 
-def calora_card(task: Task, base: str, origin: str, whole: float, lora_alone: float | None) -> str:
+def calora_card(task: Task, base: str, origin: str, metric: str, whole: float, lora_alone: float | None) -> str:
     """The card of a CA-LoRA adapter, with its validation score as a whole and that of its LoRA alone, if it has one."""
     rows = [("`calora` (all of it)", whole)]
     rows += [] if lora_alone is None else [("plain PEFT (LoRA part alone)", lora_alone)]
@@ -23,7 +23,7 @@ def calora_card(task: Task, base: str, origin: str, whole: float, lora_alone: fl
 
 For the compressed base {_code(base)} and no other: `calora.json` holds its fingerprint. Inherited from {_code(origin)}.
 
-| loaded with | validation {task.metrics[0]} |
+| loaded with | validation {metric} |
 |---|---|
 {table}
 

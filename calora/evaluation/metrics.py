@@ -1,7 +1,7 @@
 """What is measured of answers: GLUE's and SuperGLUE's metrics of chosen ones, SQuAD v1.1's of written ones (arXiv 1606.05250).
 
 A metric is a function of numbers that each item gives, so that every resample of the items gives it anew. For `accuracy`,
-`em` and the `f1` of written answers they are scores, whose mean it is; the others count pairs of right and chosen labels.
+`agreement`, `em` and the `f1` of written answers they are scores, whose mean it is; the others count pairs of right and chosen labels.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def items_of(
         labels, answers: what was answered; labels are -1 for written answers.
     """
     if not task.scored:
-        score: Callable[[str, Sequence[str]], float] = exact_match if metric == "em" else token_f1
+        score: Callable[[str, Sequence[str]], float] = token_f1 if metric == "f1" else exact_match
         return [float(score(answer, e.references)) for answer, e in zip(answers, examples, strict=True)]
     both = zip((example.label for example in examples), labels, strict=True)
     if metric in OF_COUNTS:

@@ -23,6 +23,7 @@ Likelihood = Literal["sum", "mean"]
 # What is measured of each kind of answer; `calora.evaluation.metrics` has the definitions.
 WRITTEN = ("em", "f1")
 CHOSEN = ("accuracy", "f1", "macro_f1", "matthews")
+AGREEMENT = "agreement"  # with answers that are not known to be right: the teacher's
 AFTER_PADDING = {  # these count positions from the padding token's number + 1 on, as RoBERTa does
     "camembert", "data2vec-text", "esm", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta",
     "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
@@ -47,7 +48,8 @@ class Task:
             (length-normalised).
         metrics: what is measured; the first one counts. Of fixed answers: `accuracy`, `f1` (of two answers: the
             second is the positive one), `macro_f1`, `matthews`; of a row's own: `accuracy`; of generated ones: `em`
-            and `f1`, as SQuAD has them. None: `accuracy`; `em` and `f1`.
+            and `f1`, as SQuAD has them; of any where the right ones are not known: `agreement`, the share that is as
+            somebody else answered. None: `accuracy`; `em` and `f1`.
 
     Raises:
         CaloraError: the prompt or an answer holds anything but columns, a length is below 1, or a metric is none of
@@ -87,10 +89,11 @@ class Task:
 
     def _measurable(self) -> tuple[str, ...]:
         if not self.scored:
-            return WRITTEN
+            return (*WRITTEN, AGREEMENT)
         if not self.fixed:
-            return ("accuracy",)
-        return CHOSEN if len(self.answers) == 2 else tuple(name for name in CHOSEN if name != "f1")
+            return ("accuracy", AGREEMENT)
+        chosen = CHOSEN if len(self.answers) == 2 else tuple(name for name in CHOSEN if name != "f1")
+        return (*chosen, AGREEMENT)
 
     @property
     def columns(self) -> list[str]:

@@ -14,13 +14,14 @@ from rich.console import Console
 from calora.errors import CaloraError
 from pipeline.adopt import adapter, base, data
 from pipeline.adopt.base import Base
-from pipeline.adopt.data import Lengths
-from pipeline.adopt.entries import Document, first_that_fits, retarget
+from pipeline.adopt.entries import Document, first_that_fits, learns_from_labels, retarget, without_labels
 from pipeline.adopt.files import Source, gather
+from pipeline.adopt.lengths import Lengths
 from pipeline.adopt.outlook import Row, Texts, outlook, texts_of
 from pipeline.adopt.own import Own
 from pipeline.adopt.show import WIDTH, show_changes, show_found, show_outlook
 from pipeline.adopt.wanted import Said, Wanted
+from stages.tasks import filled
 
 __all__ = ["Wanted", "adopt"]
 ABOUT = "Bytes from shapes; memory of the largest stage and minutes on {cores} cores, from {compute:.0f} GFLOP/s a core in {dtype}, to a factor of two."
@@ -60,8 +61,11 @@ def enter(
     outline, lengths = theirs.outline if theirs else None, None
     if source is not None:
         before = document.values["data"]["sets"].get(name)
-        entry, lengths = data.look(source, wanted, name, before, outline, own, said)
+        taught = bool(wanted.adapter) or name in document.values["teacher"]["adapters"]
+        entry, lengths = data.look(source, wanted, name, before, outline, own, said, taught)
         document.set(f"data.sets.{name}", entry)
+        if taught and not learns_from_labels(entry):
+            without_labels(document)
     if wanted.adapter:
         document.set(f"teacher.adapters.{name}", adapter.look(wanted.adapter, name, outline, own, said))
     if wanted.data or wanted.adapter:
@@ -74,11 +78,12 @@ def enter(
 
 def again(wanted: Wanted, sets: Mapping[str, Any]) -> Wanted:
     """The data of a task that is named and known, where its prompt, answers or label are to be others."""
-    entry = sets.get(wanted.name or "", {})
+    entry = filled(sets.get(wanted.name or "", {}))
     if wanted.data or not (wanted.prompt or wanted.answers or wanted.label or wanted.chat):
         return wanted
     if entry.get("source") == "files":
-        return replace(wanted, data=(entry["train"],))
+        train = entry["train"] if isinstance(entry["train"], str) else entry["train"][0]
+        return replace(wanted, data=(train,), columns=wanted.columns or tuple(entry.get("header") or ()))
     if entry.get("source") == "hub":
         return replace(wanted, data=(f"{entry['repo']}@{entry['revision']}",), subset=entry["subset"])
     fix = "give --data, or the --name of a task that was adopted"

@@ -21,15 +21,19 @@ LABELS = (  # what columns of a label or an answer are called, the likeliest fir
 TEXTS = ("question", "query", "instruction", "prompt", "input", "text", "sentence", "review", "premise", "passage")
 IDS = re.compile(r"(.*[_-])?(id|idx|index|uid|guid|uuid|key|url|timestamp|date)|unnamed: ?\d*", re.IGNORECASE)
 MOST_LABELS = 26  # values of a column that is a choice
+WORDS = 6  # that a column's name has at most
 FILLED = 0.95  # of the rows have a text in a column that the prompt is to read
 Rows = Sequence[Entry]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A label's column: its values in order, how many rows have each; no values where it holds a free answer."""
+    """A label's column: its values in order, how many rows have each; no values where it holds a free answer.
 
-    column: str
+    The column is None where there are no labels.
+    """
+
+    column: str | None
     values: tuple[str | int | bool, ...]
     counts: dict[str, int]
     missing: int
@@ -43,8 +47,11 @@ def known(value: Any) -> str | None:
     return value.strip() if isinstance(value, str) and value.strip() else None
 
 
-def label_column(rows: Rows, given: str | None, in_prompt: Sequence[str]) -> str:
+def label_column(rows: Rows, given: str | None, in_prompt: Sequence[str], taught: bool = False) -> str | None:
     """The label's column: the one that is given, else told by its name, else the only one with few values.
+
+    Args:
+        taught: whether there is an adapter to learn from: then there may be no label, which is None.
 
     Raises:
         CaloraError: there is none such, or no telling which.
@@ -61,10 +68,22 @@ def label_column(rows: Rows, given: str | None, in_prompt: Sequence[str]) -> str
     few = [name for name in free if not IDS.fullmatch(name) and is_choice(rows, name)]
     if len(few) == 1:
         return few[0]
+    if taught and not few:
+        return None
     found = f"columns {', '.join(columns)}"
-    raise CaloraError(
-        "--data", f"a column of labels or answers, called {', '.join(LABELS[:4])}, ...", found, "give --label"
-    )
+    fix = "give --label" if few else "give --label; texts without labels need an adapter that teaches (--adapter)"
+    raise CaloraError("--data", f"a column of labels or answers, called {', '.join(LABELS[:4])}, ...", found, fix)
+
+
+def headless(rows: Rows) -> bool:
+    """Whether the names of a table's columns look like its first row: one is a label of its column, or a sentence."""
+    for name in rows[0] if rows else ():
+        values = _counts([row.get(name) for row in rows])
+        if len(name.split()) > WORDS or (
+            len(values) <= MOST_LABELS and 2 * len(values) <= len(rows) and name in values
+        ):
+            return True
+    return False
 
 
 def is_choice(rows: Rows, column: str) -> bool:
@@ -89,16 +108,16 @@ def _one_spelling(value: str) -> str:
     return value.lower() if value.lower() in ("true", "false") else re.sub(r"^(-?\d+)\.0+$", r"\1", value)
 
 
-def choice(rows: Rows, column: str, names: Sequence[str] = ()) -> Choice:
+def choice(rows: Rows, column: str | None, names: Sequence[str] = ()) -> Choice:
     """What a label's column holds.
 
     Args:
         names: what the publisher calls the values 0, 1, ... (the hub's ClassLabel).
     """
-    cells = [row.get(column) for row in rows]
+    cells = [row.get(column) for row in rows] if column else []
     counts, nested = _counts(cells), any(isinstance(cell, list | dict) for cell in cells)
     few = not nested and (bool(names) or _few(counts))
-    ordered = tuple(dict.fromkeys(map(_typed, sorted(counts, key=_order)))) if few else ()
+    ordered = tuple(dict.fromkeys(map(typed, sorted(counts, key=_order)))) if few else ()
     ordered = tuple(range(len(names))) if names else ordered
     return Choice(column, ordered, counts, len(cells) - sum(counts.values()) if not nested else 0)
 
@@ -108,22 +127,24 @@ def _order(value: str) -> tuple[int, float, str]:
     return (0, float(value), "") if number else (1, 0.0, value)
 
 
-def _typed(value: str) -> str | int | bool:
+def typed(value: str) -> str | int | bool:
     """A label as params.yaml writes it: the reader takes 1 and "1", true and "True" for one."""
     if value.lower() in ("true", "false"):
         return value.lower() == "true"
     return int(value) if re.fullmatch(r"-?(0|[1-9]\d*)", value) else value
 
 
-def text_columns(rows: Rows, label: str) -> list[str]:
-    """The columns that hold what the model is to read, in the order of the file.
+def text_columns(rows: Rows, label: str | None, but: Sequence[str] = ()) -> list[str]:
+    """The columns that hold what the model is to read, in the order of the file, but for some.
 
     Raises:
         CaloraError: there is none.
     """
     columns = list(dict.fromkeys(name for row in rows for name in row))
     others = [
-        name for name in columns if name and name != label and not IDS.fullmatch(name) and name.lower() not in LABELS
+        name
+        for name in columns
+        if name and name not in (label, *but) and not IDS.fullmatch(name) and name.lower() not in LABELS
     ]
     found = [name for name in others if _is_text(rows, name)]
     if not found:
@@ -142,10 +163,14 @@ def _is_text(rows: Rows, column: str) -> bool:
     return wordy and len(texts) >= FILLED * len(rows)
 
 
-def proposed_prompt(columns: Sequence[str], label: str) -> str:
-    """Each column on a line under its name, and the label's name where the answer is to come."""
+def proposed_prompt(columns: Sequence[str], label: str | None, chosen: bool) -> str:
+    """Each column on a line under its name, and where the answer is to come the label's name.
+
+    Args:
+        chosen: whether the answer is one of a few words that belong to the label's name; else it is an answer.
+    """
     lines = [f"{_title(name)}: {{{name}}}" for name in columns]
-    return "\n".join([*lines, f"{_title(label)}:"])
+    return "\n".join([*lines, f"{_title(label)}:" if label and chosen else "Answer:"])
 
 
 def _title(name: str) -> str:

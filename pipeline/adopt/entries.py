@@ -16,11 +16,17 @@ from calora.common.files import write_text
 from calora.errors import CaloraError
 from pipeline.adopt.wanted import Entry
 from pipeline.values import editor, quoted
-from stages.config import PARAMS, Params, load_params
+from stages.config import PARAMS, Params, asks_for_labels, load_params
+from stages.resolve import resolve
 
 if TYPE_CHECKING:
     from calora.preview.outline import Outline
 
+FREE, UNLABELLED, INHERITED = (
+    "calora_free",
+    "calora_unlabelled",
+    "clm_inherited",
+)  # of params.yaml, where they are still there
 PLAIN = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_./-"
 ROLES = {  # what other families call a layer of attention, the likeliest first
     "q_proj": ("q", "query", "qkv_proj", "query_key_value", "Wqkv"), "k_proj": ("k", "key", "qkv_proj", "query_key_value", "Wqkv"),
@@ -136,6 +142,26 @@ def _one(document: Document, key: str, targets: Sequence[str], base: Outline) ->
         parts = base.parts
         found = [next((one for one in (target, *ROLES.get(target, ())) if one in parts), None) for target in targets]
         document.set(key, parts if None in found else list(dict.fromkeys(map(str, found))))
+
+
+def learns_from_labels(entry: Entry) -> bool:
+    """Whether the training texts of an entry of data.sets have labels."""
+    label = entry.get("label", "")
+    return (label.get("train") if isinstance(label, Mapping) else label) is not None
+
+
+def without_labels(document: Document) -> None:
+    """Let the run compare methods that ask for no label, CA-LoRA from the texts alone among them."""
+    methods = resolve(document.values["methods"])
+    free = [name for name in document.values["compare"] if not asks_for_labels(methods[name])]
+    if len(free) == len(document.values["compare"]):
+        return
+    document.set("compare", [*free, *(name for name in (FREE, UNLABELLED) if name in methods and name not in free)])
+    if UNLABELLED in methods:
+        document.set("evaluate.ours", UNLABELLED)
+        document.set("evaluate.packed", [UNLABELLED])
+    if INHERITED in free:
+        document.set("evaluate.baseline", INHERITED)
 
 
 def first_that_fits(document: Document, fits: Entry) -> list[str]:

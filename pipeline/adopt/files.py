@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from calora.errors import CaloraError
+from pipeline.adopt.columns import headless
 from pipeline.adopt.own import Own
 from pipeline.adopt.wanted import Entry, Wanted, asked, hub_id, plain
-from stages.files import READERS, read_file
+from stages.files import KINDS, TABLES, read_file
 
 NAMES = {  # split -> what the name of its file may have
     "train": r"train(ing)?", "validation": r"valid(ation)?|val|dev(elopment)?|eval", "test": r"test(ing)?|held_?out",
@@ -48,7 +49,7 @@ def gather(wanted: Wanted) -> Source:
         CaloraError: nothing is there, or no telling which file is which.
     """
     paths = [Path(text).expanduser() for text in wanted.data]
-    if len(paths) == 1 and not paths[0].exists() and paths[0].suffix not in (*READERS, ".gz", ".parquet"):
+    if len(paths) == 1 and not paths[0].exists() and paths[0].suffix not in (*KINDS, ".gz", ".parquet"):
         return _of_hub(wanted.data[0], wanted)
     for path in paths:
         if not path.exists():
@@ -70,8 +71,15 @@ def gather(wanted: Wanted) -> Source:
         if stem in ("", "train")
         else stem
     )
-    rows = {split: read_file(path) for split, path in places.items()}
-    return Source(name, rows, {"source": "files"}, dict(places))
+    header = list(wanted.columns) or None
+    rows = {split: read_file(path, header) for split, path in places.items()}
+    if header is None and _kind(places["train"]) in TABLES and headless(rows["train"]):
+        found = f"{', '.join(rows['train'][0]):.80}"
+        fix = 'name them: --columns "label,text"'
+        raise CaloraError(
+            places["train"], "a first line that names the columns", f"one that looks like a row: {found}", fix
+        )
+    return Source(name, rows, {"source": "files", **({"header": header} if header else {})}, dict(places))
 
 
 def _stem(path: Path) -> str:
@@ -79,9 +87,9 @@ def _stem(path: Path) -> str:
 
 
 def _files_in(folder: Path) -> list[Path]:
-    files = [path for path in sorted(folder.iterdir()) if path.is_file() and _kind(path) in (*READERS, ".parquet")]
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and _kind(path) in (*KINDS, ".parquet")]
     if not files:
-        raise CaloraError(folder, f"files of {', '.join(READERS)} or .parquet", "none", "name the folder that has them")
+        raise CaloraError(folder, f"files of {', '.join(KINDS)} or .parquet", "none", "name the folder that has them")
     return files
 
 

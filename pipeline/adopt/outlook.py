@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from calora.errors import CaloraError
-from pipeline.adopt.data import Lengths
+from pipeline.adopt.lengths import Lengths
 from stages.resolve import resolve
 
 if TYPE_CHECKING:

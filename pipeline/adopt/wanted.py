@@ -23,6 +23,7 @@ class Wanted:
         data: files, a folder, or a hub id; `subset` of that one.
         validation, test: files of their own.
         prompt, answers, label: of the task.
+        columns: names of the columns, of csv and tsv files that have no line of them.
         name: of the task.
         chat: put the prompt into the base's chat template.
         copy: copy files into own/ instead of linking them.
@@ -36,6 +37,7 @@ class Wanted:
     prompt: str | None = None
     answers: tuple[str, ...] = ()
     label: str | None = None
+    columns: tuple[str, ...] = ()
     name: str | None = None
     subset: str | None = None
     chat: bool = False
