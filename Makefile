@@ -54,4 +54,4 @@ format: setup  ## let ruff format and mend what it can
 	@$(BIN)/ruff format .
 
 clean:  ## remove what runs made; own/, .venv and the download cache stay
-	rm -rf data/* models/* checkpoints .smoke results/*/ .mypy_cache .ruff_cache .pytest_cache .dvc/tmp
+	rm -rf data/* models/* checkpoints .smoke .t5 results/*/ .mypy_cache .ruff_cache .pytest_cache .dvc/tmp

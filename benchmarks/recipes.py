@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,15 +39,17 @@ class Results:
     Args:
         data: `sizes`: recipe -> bytes of its weights and their share of the base's; `runs`: seed -> task -> recipe
             -> method -> bytes_on_disk, adapter_bytes, trainable_parameters, items and hits.
+        order: the tasks that count, in the order of columns.
     """
 
     data: dict[str, Any]
+    order: Sequence[str] = TASKS
 
     @property
     def tasks(self) -> list[str]:
         """Those that were run."""
         run = {task for tasks in self.data["runs"].values() for task in tasks}
-        return [task for task in TASKS if task in run]
+        return [task for task in self.order if task in run]
 
     @property
     def recipes(self) -> list[str]:

@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import yaml
 from rich.console import Console
 from rich.markdown import Markdown
 
+from calora.errors import CaloraError
 from pipeline.graph import WAITS, StageFailed, TryAgain, in_turn, run_stage, standing
 from pipeline.process import CHECK_PARAMS, DVC, Processes, environment, workers
 from pipeline.settings import ROOT
@@ -125,9 +126,12 @@ def patiently(stage: str, folder: Path, processes: Processes, say: Callable[[str
     return run_stage(stage, folder, processes, say)
 
 
-def smoke() -> int:
-    """The pipeline with small parameters in .smoke, a DVC project of its own beside the same downloads."""
-    folder = ROOT / ".smoke"
+def copied(folder: Path, params: Mapping[str, Any]) -> None:
+    """This project in `folder`, which is a DVC project of its own, with other parameters, beside the same downloads and own files.
+
+    Raises:
+        CaloraError: DVC could not be set up there.
+    """
     folder.mkdir(exist_ok=True)
     for name in ("calora", "stages", "pipeline"):
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -135,9 +139,15 @@ def smoke() -> int:
     shutil.copy(ROOT / "dvc.yaml", folder)
     if not (folder / "own").exists():
         (folder / "own").symlink_to(ROOT / "own")
-    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    (folder / "params.yaml").write_text(yaml.safe_dump(merged(params, SMOKE), sort_keys=False), encoding="utf-8")
+    (folder / "params.yaml").write_text(yaml.safe_dump(dict(params), sort_keys=False), encoding="utf-8")
     os.environ.setdefault("CALORA_DOWNLOADS", str(ROOT / ".cache/downloads"))
     if not (folder / ".dvc").exists() and (code := dvc(folder, "init", "--quiet", "--no-scm")):
-        return code
+        raise CaloraError(folder, "`dvc init` to end well", f"exit code {code}", "see what it said above")
+
+
+def smoke() -> int:
+    """The pipeline with small parameters in .smoke."""
+    folder = ROOT / ".smoke"
+    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    copied(folder, merged(params, SMOKE))
     return repro(folder)
