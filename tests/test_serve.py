@@ -249,7 +249,7 @@ def test_a_queue_is_full_and_a_wait_is_over():
 # What a request may be
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/base", "/", "/docs", "/v1/completions"])
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/base", "/other", "/docs", "/v1/completions"])
 def test_nothing_without_the_key(path):
     async def test(client, engine):
         for headers in ({"Authorization": f"Bearer {KEY}x"}, {"Authorization": KEY}, {"Authorization": ""}):
@@ -870,6 +870,7 @@ def test_the_command_serves_and_ends_cleanly(folder, number):
         try:
             address = re.search(r"http://127\.0\.0\.1:\d+/v1", server.stdout.readline())[0]
             key = server.stdout.readline().removeprefix("API key: ").strip()
+            assert server.stdout.readline() == f"to try it: {address.removesuffix('v1')}#key={key}\n"
             with httpx.Client(headers={"Authorization": f"Bearer {key}"}, timeout=60) as client:
                 check_answers(client, address)
                 taken = main(["serve", str(folder[0]), "--port", address.split(":")[2].removesuffix("/v1")])

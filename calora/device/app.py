@@ -9,8 +9,8 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Collection, Coroutine, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -25,7 +25,9 @@ from calora.device.choose import Choice, choose, scored_task
 from calora.device.engine import Engine, Refused
 from calora.device.guard import Guard, problem
 from calora.device.limits import Limits
-from calora.device.queue import AdapterQueue, Full, Late
+from calora.device.queue import Full, Late
+from calora.device.served import REFERENCE, Models, OutOfTime, Served
+from calora.device.static import PATHS, add_page
 from calora.device.translate import Translator
 from calora.errors import CaloraError
 from calora.models.tasks import Row, Task
@@ -35,11 +37,14 @@ GONE = 499  # nobody reads it
 AHEAD = 64  # pieces that a stream may be ahead of its reader
 
 
-class OutOfTime(Exception):
-    """A request ran as long as it may."""
-
-
-def make_app(catalogue: Catalogue, engine: Engine, limits: Limits, key: str) -> Guard:
+def make_app(
+    catalogue: Catalogue,
+    engine: Engine,
+    limits: Limits,
+    key: str,
+    reference: tuple[Catalogue, Engine] | None = None,
+    hosts: Collection[str] | None = None,
+) -> Guard:
     """The application.
 
     Args:
@@ -47,39 +52,34 @@ def make_app(catalogue: Catalogue, engine: Engine, limits: Limits, key: str) -> 
         engine: that runs them.
         limits: of requests.
         key: without which a request gets 401.
+        reference: what they are compared with.
+        hosts: names of this server that a request may use; None: any.
     """
-    queue = AdapterQueue(limits.slots, limits.waiting, limits.patience)
+    others = [Served(*reference, limits, REFERENCE)] if reference else []
+    models = Models(Served(catalogue, engine, limits), *others)
     app = FastAPI(title="calora", docs_url=None, redoc_url=None, openapi_url=None)
     _add_errors(app, limits)
+    add_page(app)
     started = int(time.time())
-
-    @asynccontextmanager
-    async def turn(model: Model) -> AsyncIterator[None]:
-        """The model's turn, for as long as a request may run."""
-        async with queue.turn(model.name):
-            try:
-                async with asyncio.timeout(limits.seconds):
-                    yield
-            except TimeoutError:
-                raise OutOfTime from None
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        well = await engine.healthy()
+        well = all([await served.engine.healthy() for served in models.served])
         body = {
             "status": "ok" if well else "llama.cpp does not answer",
-            "running": queue.running,
-            "waiting": queue.length,
+            "running": sum(served.queue.running for served in models.served),
+            "waiting": sum(served.queue.length for served in models.served),
         }
         return JSONResponse(body, 200 if well else 503)
 
     @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_described(model, started) for model in catalogue.models.values()]}
+    async def listed() -> dict[str, Any]:
+        return {"object": "list", "data": [served.described(model, started) for served, model in models]}
 
-    @app.get("/v1/models/{name}")
-    async def model(name: str) -> dict[str, Any]:
-        return _described(catalogue[name], started)
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> dict[str, Any]:
+        served, model = models[name]
+        return served.described(model, started)
 
     @app.post("/v1/completions")
     async def completions(request: Request, body: Completion) -> Response:
@@ -92,31 +92,31 @@ def make_app(catalogue: Catalogue, engine: Engine, limits: Limits, key: str) -> 
         return await generate(request, body, "/v1/chat/completions")
 
     async def generate(request: Request, body: Completion | Chat, path: str) -> Response:
-        chosen = catalogue[body.model]
+        served, chosen = models[body.model]
         if (body.max_tokens or 0) > limits.tokens:
             return problem(400, f"max_tokens may be {limits.tokens}, and is {body.max_tokens}")
         if body.stream_options and not body.stream:
             return problem(400, "stream_options are for `stream: true`")
-        translate = Translator(chosen.name, body.top)
+        translate = Translator(body.model, body.top)
         asked = body.to_llama(limits.tokens)
         if body.stream:
-            return await stream(request, chosen, path, asked, translate)
+            return await stream(request, served, chosen, path, asked, translate)
 
         async def answer() -> dict[str, Any]:
-            async with turn(chosen):
-                return await engine.ask(path, asked, chosen.apply)
+            async with served.turn(chosen):
+                return await served.engine.ask(path, asked, chosen.apply)
 
         return JSONResponse(translate(await _while_there(request, answer())))
 
     async def stream(
-        request: Request, chosen: Model, path: str, asked: dict[str, Any], translate: Translator
+        request: Request, served: Served, chosen: Model, path: str, asked: dict[str, Any], translate: Translator
     ) -> Response:
         """What is refused is refused before the first byte; the turn ends with the stream, or when the client has gone."""
         events: asyncio.Queue[dict[str, Any] | Exception | None] = asyncio.Queue(AHEAD)
 
         async def produce() -> None:  # in a task of its own: a turn is left where it was entered
             try:
-                async with turn(chosen), engine.stream(path, asked, chosen.apply) as pieces:
+                async with served.turn(chosen), served.engine.stream(path, asked, chosen.apply) as pieces:
                     async for piece in pieces:
                         await events.put(piece)
             except Exception as error:
@@ -136,7 +136,9 @@ def make_app(catalogue: Catalogue, engine: Engine, limits: Limits, key: str) -> 
 
     @app.post("/v1/classify")
     async def classify(request: Request, body: Classification) -> dict[str, Any]:
-        chosen = catalogue[body.model]
+        served, chosen = models[body.model]
+        if body.task is not None:
+            chosen = replace(chosen, task=scored_task(models[body.task][1]))
         task = scored_task(chosen)
         rows = [_row(task, one) for one in body.inputs]
         for row in rows:  # before any work
@@ -145,13 +147,13 @@ def make_app(catalogue: Catalogue, engine: Engine, limits: Limits, key: str) -> 
         some = asyncio.Semaphore(limits.slots)  # a long list leaves the queue to others
 
         async def one(row: Row) -> Choice:
-            async with some, turn(chosen):
-                return await choose(engine, chosen, row, limits.context)
+            async with some, served.turn(chosen):
+                return await choose(served.engine, chosen, row, limits.context, body.cache_prompt)
 
         choices = await _while_there(request, _all([one(row) for row in rows]))
-        return _classified(choices, chosen.name)
+        return _classified(choices, body.model)
 
-    return Guard(app, key, limits.body, limits.seconds)
+    return Guard(app, key, limits.body, limits.seconds, PATHS, hosts)
 
 
 class Stream(StreamingResponse):
@@ -248,11 +250,6 @@ def _told(error: Exception, limits: Limits) -> JSONResponse | None:
         case Refused():
             return problem(error.status if 400 <= error.status < 500 else 503, f"llama.cpp: {error}")
     return None
-
-
-def _described(model: Model, created: int) -> dict[str, Any]:
-    about = {"id": model.name, "object": "model", "created": created, "owned_by": "calora"}
-    return about | ({"task": model.task.to_json()} if model.task else {})
 
 
 def _row(task: Task, given: str | dict[str, Any]) -> Row:

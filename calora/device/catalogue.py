@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from calora.device.folder import check_pair, read_folder
+from calora.device.folder import check_pair, is_compressed, read_folder
 from calora.errors import CaloraError
 from calora.models.tasks import Task
 
@@ -15,6 +16,9 @@ BASE_NAME = "base"  # as a model
 
 class NoSuchModel(Exception):
     """None of that name is served."""
+
+    def __init__(self, name: str, known: Iterable[str]) -> None:
+        super().__init__(f"The model {name!r:.100} is not served here; these are: {', '.join(known)}")
 
 
 @dataclass(frozen=True)
@@ -25,11 +29,17 @@ class Model:
         name: of the adapter, or `base`.
         apply: the LoRA files that are on, relative to the folder: the base's recovery, if it has one, and the adapter.
         task: the adapter's, with its prompt and answers; None for the base.
+        method: what made the adapter, such as `calora`; None for the base.
+        base_bytes: of the files that the base alone needs, and this model too.
+        adapter_bytes: of those that come on top.
     """
 
     name: str
     apply: tuple[str, ...]
     task: Task | None = None
+    method: str | None = None
+    base_bytes: int = 0
+    adapter_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -41,12 +51,16 @@ class Catalogue:
         base: its GGUF file.
         context: most tokens that the model reads.
         models: by name, the base first.
+        fingerprint: of the uncompressed base.
+        compressed: whether this one is another.
     """
 
     folder: Path
     base: Path
     context: int
     models: Mapping[str, Model]
+    fingerprint: str = ""
+    compressed: bool = True
 
     @classmethod
     def read(cls, folder: Path) -> Catalogue:
@@ -59,16 +73,15 @@ class Catalogue:
         about = read_folder(folder)
         if not about["base"]:
             raise CaloraError(folder, "base.gguf", "an export without it", "export it with --kind gguf")
-        models = {BASE_NAME: Model(BASE_NAME, tuple(about["base"]["apply"]))}
+        models = {BASE_NAME: _model(folder, about, BASE_NAME, about["base"])}
         for name, entry in about["adapters"].items():
             if name == BASE_NAME:
                 fix = "export it under another name: NAME=FOLDER"
                 raise CaloraError(f"{folder}, adapters", f"names other than '{BASE_NAME}'", name, fix)
-            models[name] = Model(name, tuple(entry["apply"]), Task.from_json(entry["task"]))
-        found = cls(folder, folder / about["base"]["file"], int(about["context"]), models)
-        for file, path in found.loras.items():
-            if file not in about["files"]:
-                raise CaloraError(folder, "LoRAs that manifest.json lists", file, "export it again")
+            models[name] = _model(folder, about, name, entry)
+        base, fingerprint = folder / about["base"]["file"], about["base_fingerprint"]
+        found = cls(folder, base, int(about["context"]), models, fingerprint, is_compressed(about))
+        for path in found.loras.values():
             check_pair(found.base, path)
         return found
 
@@ -81,5 +94,17 @@ class Catalogue:
     def __getitem__(self, name: str) -> Model:
         """A model; raises `NoSuchModel`."""
         if name not in self.models:
-            raise NoSuchModel(f"The model {name!r:.100} is not served here; these are: {', '.join(self.models)}")
+            raise NoSuchModel(name, self.models)
         return self.models[name]
+
+
+def _model(folder: Path, about: Mapping[str, Any], name: str, entry: Mapping[str, Any]) -> Model:
+    """One of a manifest.json."""
+    shared = {about["base"]["file"], *about["base"]["apply"]}
+    sizes = {True: 0, False: 0}
+    for file in dict.fromkeys([about["base"]["file"], *entry["apply"]]):
+        if file not in about["files"]:
+            raise CaloraError(folder, "files that manifest.json lists", file, "export it again")
+        sizes[file in shared] += about["files"][file]["bytes"]
+    task = Task.from_json(entry["task"]) if "task" in entry else None
+    return Model(name, tuple(entry["apply"]), task, entry.get("method"), sizes[True], sizes[False])

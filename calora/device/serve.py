@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import os
 import secrets
 import signal
 import socket
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,13 +18,17 @@ from calora.device.app import make_app
 from calora.device.catalogue import Catalogue
 from calora.device.engine import LlamaEngine
 from calora.device.limits import Limits
+from calora.device.served import check_reference
 from calora.errors import CaloraError, first_line
 
 KEY = "CALORA_API_KEY"  # environment variable
 FAREWELL = 5  # seconds that running requests have to end
+LOCAL = ("127.0.0.1", "localhost", "[::1]")  # names of this machine on itself
 
 
-def serve(folder: Path, limits: Limits, host: str, port: int, threads: int | None = None) -> None:
+def serve(
+    folder: Path, limits: Limits, host: str, port: int, threads: int | None = None, reference: Path | None = None
+) -> None:
     """Serve an exported folder until SIGINT or SIGTERM.
 
     Args:
@@ -31,11 +37,15 @@ def serve(folder: Path, limits: Limits, host: str, port: int, threads: int | Non
         host: address to listen on; whoever reaches it and has the key may use it, without encryption.
         port: 0: a free one.
         threads: of the processor; by default as many as llama.cpp takes.
+        reference: an export of the uncompressed base, to compare with, which a second llama.cpp runs.
 
     Raises:
-        CaloraError: the folder is broken or none, a package is missing, or the port is taken.
+        CaloraError: a folder is broken or none, or of another base, a package is missing, or the port is taken.
     """
     catalogue = Catalogue.read(folder)
+    other = Catalogue.read(reference) if reference else None
+    if other:
+        check_reference(catalogue, other)
     given = os.environ.get(KEY)
     if given is not None and (len(given) < 16 or not given.isascii() or not given.isprintable() or " " in given):
         raise CaloraError(
@@ -45,26 +55,36 @@ def serve(folder: Path, limits: Limits, host: str, port: int, threads: int | Non
     bound = _bind(host, port)
     with bound:
         limits = replace(limits, context=min(limits.context, catalogue.context))
-        engine = LlamaEngine(catalogue.base, catalogue.loras, limits.context, limits.slots, threads)
+        engines = [
+            LlamaEngine(one.base, one.loras, limits.context, limits.slots, threads) for one in (catalogue, other) if one
+        ]
+        app = make_app(catalogue, engines[0], limits, key, (other, engines[1]) if other else None, _names(bound, host))
         config = uvicorn.Config(
-            make_app(catalogue, engine, limits, key), log_level="warning", access_log=False, lifespan="off",
+            app, log_level="warning", access_log=False, lifespan="off",
             server_header=False, timeout_graceful_shutdown=FAREWELL, limit_concurrency=limits.slots + limits.waiting + 64,
         )  # fmt: skip
         # uvicorn ends at these signals, then raises them again; ours make that a normal end.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: None)
-        address = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}/v1"
-        print(f"{folder} on {address}: {', '.join(catalogue.models)}")
-        print(f"API key: {f'as in {KEY}' if given else key}", flush=True)
-        asyncio.run(_run(uvicorn.Server(config), bound, engine))
+        address = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
+        print(f"{folder} on {address}/v1: {', '.join(catalogue.models)}")
+        print(f"API key: {f'as in {KEY}' if given else key}")
+        print(f"to try it: {address}/{'' if given else f'#key={key}'}", flush=True)
+        asyncio.run(_run(uvicorn.Server(config), bound, engines))
     print("ended", flush=True)
 
 
-async def _run(server: uvicorn.Server, bound: socket.socket, engine: LlamaEngine) -> None:
+async def _run(server: uvicorn.Server, bound: socket.socket, engines: Sequence[LlamaEngine]) -> None:
     try:
         await server.serve(sockets=[bound])
     finally:
-        await engine.close()
+        for engine in engines:
+            await engine.close()
+
+
+def _names(bound: socket.socket, host: str) -> tuple[str, ...] | None:
+    """What this server may be called by a request; None, any, where others than this machine may reach it."""
+    return (host, *LOCAL) if ipaddress.ip_address(bound.getsockname()[0]).is_loopback else None
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -1,0 +1,80 @@
+"""What a server has: a folder and its runtime, and beside it another folder that it is compared with."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from calora.device.catalogue import Catalogue, Model, NoSuchModel
+from calora.device.engine import Engine
+from calora.device.limits import Limits
+from calora.device.queue import AdapterQueue
+from calora.errors import CaloraError
+
+REFERENCE = "reference/"  # in front of the names of what is compared with
+
+
+class OutOfTime(Exception):
+    """A request ran as long as it may."""
+
+
+class Served:
+    """An exported folder, what runs it, and whose turn it is.
+
+    Args:
+        catalogue: the models.
+        engine: that runs them.
+        limits: of requests.
+        prefix: in front of the names of its models.
+    """
+
+    def __init__(self, catalogue: Catalogue, engine: Engine, limits: Limits, prefix: str = "") -> None:
+        self.catalogue, self.engine, self.prefix = catalogue, engine, prefix
+        self.seconds = limits.seconds
+        self.queue = AdapterQueue(limits.slots, limits.waiting, limits.patience)
+
+    @asynccontextmanager
+    async def turn(self, model: Model) -> AsyncIterator[None]:
+        """The model's turn, for as long as a request may run."""
+        async with self.queue.turn(model.name):
+            try:
+                async with asyncio.timeout(self.seconds):
+                    yield
+            except TimeoutError:
+                raise OutOfTime from None
+
+    def described(self, model: Model, created: int) -> dict[str, Any]:
+        """As /v1/models has it."""
+        return {
+            "id": self.prefix + model.name, "object": "model", "created": created, "owned_by": "calora",
+            "compressed": self.catalogue.compressed, "reference": bool(self.prefix),
+            "bytes": {"base": model.base_bytes, "adapter": model.adapter_bytes},
+            **({"method": model.method, "task": model.task.to_json()} if model.task else {}),
+        }  # fmt: skip
+
+
+class Models:
+    """All models of a server, by name: those of the folder, and those of what it is compared with, if anything."""
+
+    def __init__(self, *served: Served) -> None:
+        self.served = served
+
+    def __iter__(self) -> Iterator[tuple[Served, Model]]:
+        return ((served, model) for served in self.served for model in served.catalogue.models.values())
+
+    def __getitem__(self, name: str) -> tuple[Served, Model]:
+        """A model, and where it is; raises `NoSuchModel`."""
+        known = {served.prefix + model.name: (served, model) for served, model in self}
+        if name not in known:
+            raise NoSuchModel(name, known)
+        return known[name]
+
+
+def check_reference(served: Catalogue, reference: Catalogue) -> None:
+    """Raise `CaloraError` unless a reference is of the base that the served one was made of."""
+    if served.fingerprint != reference.fingerprint:
+        expected = f"an export of the base that {served.folder} was made of, {served.fingerprint}"
+        fix = "export that base, or leave out --reference"
+        raise CaloraError(f"--reference {reference.folder}", expected, reference.fingerprint, fix)
