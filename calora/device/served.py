@@ -32,7 +32,7 @@ class Served:
 
     def __init__(self, catalogue: Catalogue, engine: Engine, limits: Limits, prefix: str = "") -> None:
         self.catalogue, self.engine, self.prefix = catalogue, engine, prefix
-        self.seconds = limits.seconds
+        self.limits = limits
         self.queue = AdapterQueue(limits.slots, limits.waiting, limits.patience)
 
     @asynccontextmanager
@@ -40,17 +40,18 @@ class Served:
         """The model's turn, for as long as a request may run."""
         async with self.queue.turn(model.name):
             try:
-                async with asyncio.timeout(self.seconds):
+                async with asyncio.timeout(self.limits.seconds):
                     yield
             except TimeoutError:
                 raise OutOfTime from None
 
     def described(self, model: Model, created: int) -> dict[str, Any]:
-        """As /v1/models has it."""
+        """As /v1/models has it, vLLM's `max_model_len` among it."""
         return {
             "id": self.prefix + model.name, "object": "model", "created": created, "owned_by": "calora",
             "compressed": self.catalogue.compressed, "reference": bool(self.prefix),
             "bytes": {"base": model.base_bytes, "adapter": model.adapter_bytes},
+            "max_model_len": self.limits.context, "max_tokens": self.limits.tokens,
             **({"method": model.method, "task": model.task.to_json()} if model.task else {}),
         }  # fmt: skip
 

@@ -24,7 +24,7 @@ export class Column {
 
   wait() {
     this.clear();
-    this.#show("waiting", "quiet", "waits");
+    this.#show("waiting", "quiet", "waiting");
   }
 
   busy() {
@@ -64,8 +64,10 @@ export class Column {
 
   /** Ended by the reader; what was written stays. */
   stopped() {
-    if (this.result.classList.contains("said")) this.element.dataset.state = "stopped";
-    else this.#show("stopped", "quiet", "stopped");
+    const written = this.result.classList.contains("said");
+    if (written) this.facts.lastElementChild.lastElementChild.append(", stopped");
+    else this.#show("stopped", "quiet", this.element.dataset.state === "waiting" ? "not run" : "stopped");
+    this.element.dataset.state = "stopped";
   }
 
   fail(message) {
@@ -80,7 +82,7 @@ export class Column {
 
   #tell(...facts) {
     const { base, adapter } = this.model.bytes;
-    const parts = adapter ? `base ${megabytes(base)} + adapter ${megabytes(adapter)}` : "";
+    const parts = adapter ? `base ${megabytes(base)} + adapter ${megabytes(adapter)}` : "no adapter";
     const rows = [["size", `${megabytes(base + adapter)} MB`, parts], ...facts];
     this.facts.replaceChildren(
       ...rows.flatMap(([name, value, note]) => [

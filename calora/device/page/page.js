@@ -64,6 +64,7 @@ async function open(key) {
 function needKey(why) {
   entry.hidden = false;
   find("entry-said").textContent = why || "Paste the key that calora serve printed, or open the address that it printed with it.";
+  find("entry-said").className = why ? "trouble" : "quiet";
   find("key").value = "";
   find("key").focus();
 }
@@ -82,7 +83,9 @@ function choose(chosen) {
   find("choice").value = choice.id;
   find("fields").replaceChildren(...choice.fields.flatMap(field));
   find("length").hidden = choice.kind === "classify";
-  find("tokens").value = form.tokens[choice.id] ?? choice.task?.max_new_tokens ?? TOKENS;
+  const most = choice.models[0].max_tokens;
+  find("tokens").max = most;
+  find("tokens").value = Math.min(form.tokens[choice.id] ?? choice.task?.max_new_tokens ?? TOKENS, most);
   find("models").replaceChildren(...choice.models.map(box));
   columns = new Map(choice.models.map((model) => [model.id, new Column(model)]));
   say(textSaid, "");
@@ -225,7 +228,7 @@ async function write(column, texts, signal) {
   const chat = choice.kind === "chat";
   const prompt = choice.task ? fill(choice.task.prompt, texts) : texts.text;
   const asked = {
-    model: column.model.id, max_tokens: Number(find("tokens").value) || TOKENS, temperature: 0, cache_prompt: false,
+    model: column.model.id, max_tokens: Number(find("tokens").value), temperature: 0, cache_prompt: false,
     ...(chat ? { messages: [{ role: "user", content: prompt }] } : { prompt }),
   };
   const began = performance.now();
@@ -284,7 +287,7 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") running?.abort();
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !ask.hidden) {
     event.preventDefault();
-    run();
+    ask.requestSubmit();
   }
 });
 window.addEventListener("hashchange", () => {
