@@ -593,7 +593,7 @@ def test_what_no_uncompressed_base_takes(tmp_path, plain, int8):
         export(int8[0], [int8[1]], out, tasks={"toy": TASK})
     more = shutil.copytree(folder, tmp_path / "toy")
     (more / "whole").mkdir()
-    with pytest.raises(CaloraError, match="a plain LoRA: llama.cpp has nothing else, found what whole/ holds"):
+    with pytest.raises(CaloraError, match=r"a plain LoRA: llama\.cpp has nothing else, found what whole/ holds"):
         export(base, [more], out, tasks={"toy": TASK})
     theirs = shutil.copytree(base, tmp_path / "theirs")
     config = read_json(theirs / "config.json", "")
@@ -619,7 +619,9 @@ def test_llama_cpp_computes_what_the_uncompressed_model_does(tmp_path, plain, ca
     plainly = load_model(base, torch.float32)
     with torch.no_grad():
         alone = plainly(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)
-        own = PeftModel.from_pretrained(plainly, str(folder))(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+        own = (
+            PeftModel.from_pretrained(plainly, str(folder))(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+        )
     for want, other, on in ((own, alone, about["adapters"]["toy"]["apply"]), (alone, own, [])):
         torch.testing.assert_close(probabilities(llama, ids, on), want, rtol=1e-3, atol=2e-3)
         assert float((want - other).abs().max()) > 0.3

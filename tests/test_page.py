@@ -23,10 +23,12 @@ from calora.device.limits import Limits
 from calora.device.served import check_reference
 from calora.errors import CaloraError
 from tests.conftest import ROOT
-from tests.test_serve import ESSAY, KEY, LIMITS, MODELS, MOVIES, PAIRS, Fake
+from tests.test_serve import KEY, LIMITS, MODELS, MOVIES, Fake
 
 PAGE = ROOT / "calora/device/page"
-INHERITED = Model("movies-inherited", ("recovery.gguf", "adapters/m.gguf"), MOVIES, "clm_inherited", 90_000_000, 4_000_000)
+INHERITED = Model(
+    "movies-inherited", ("recovery.gguf", "adapters/m.gguf"), MOVIES, "clm_inherited", 90_000_000, 4_000_000
+)
 SERVED = Catalogue(
     Path("device"), Path("base.gguf"), 128,
     {
@@ -68,7 +70,9 @@ def test_the_page_needs_no_key_and_loads_from_nowhere_else():
             policy = one.headers["content-security-policy"]
             assert "default-src 'none'" in policy and "frame-ancestors 'none'" in policy and "unsafe" not in policy
             assert set(re.findall(r"(?:script|style|connect|img)-src ([^;]*)", policy)) == {"'self'"}
-            assert one.headers["x-content-type-options"] == "nosniff" and one.headers["referrer-policy"] == "no-referrer"
+            assert (
+                one.headers["x-content-type-options"] == "nosniff" and one.headers["referrer-policy"] == "no-referrer"
+            )
             assert "set-cookie" not in one.headers and "access-control-allow-origin" not in one.headers
         assert (await client.head("/")).status_code == 200 and (await client.post("/")).status_code == 405
 
@@ -125,7 +129,11 @@ def test_models_say_what_they_are_and_how_large():
         assert [*listed][-2:] == ["reference/base", "reference/movies"] and len(listed) == len(SERVED.models) + 2
         assert listed["movies"]["max_tokens"] == 32 and listed["movies"]["max_model_len"] == 64
         assert listed["movies"]["bytes"] == {"base": 90_000_000, "adapter": 5_000_000}
-        assert [listed[name].get("method") for name in ("base", "movies", "reference/movies")] == [None, "calora", "lora"]
+        assert [listed[name].get("method") for name in ("base", "movies", "reference/movies")] == [
+            None,
+            "calora",
+            "lora",
+        ]
         assert [listed[name]["compressed"] for name in ("movies", "reference/movies")] == [True, False]
         assert (await client.get("/v1/models/reference/movies")).json() == listed["reference/movies"]
         assert (await client.get("/v1/models/reference/pairs")).status_code == 404
@@ -155,10 +163,15 @@ def test_the_reference_has_a_runtime_of_its_own():
 def test_a_full_queue_of_one_side_leaves_the_other_free():
     async def test(client, engine, other):
         engine.gate = asyncio.Event()
-        some = [asyncio.create_task(client.post("/v1/completions", json={"model": "movies", "prompt": "x"})) for _ in range(5)]
+        some = [
+            asyncio.create_task(client.post("/v1/completions", json={"model": "movies", "prompt": "x"}))
+            for _ in range(5)
+        ]
         while len(engine.asked) < 2:
             await asyncio.sleep(0.001)
-        assert (await client.post("/v1/completions", json={"model": "reference/movies", "prompt": "x"})).status_code == 200
+        assert (
+            await client.post("/v1/completions", json={"model": "reference/movies", "prompt": "x"})
+        ).status_code == 200
         assert (await client.get("/health")).json() == {"status": "ok", "running": 2, "waiting": 3}
         other.error = Refused(500, "dead")
         assert (await client.get("/health")).status_code == 503
@@ -231,7 +244,9 @@ class Site:
         self.socket.bind(("127.0.0.1", port))
         self.port = self.socket.getsockname()[1]
         app = make_app(served, self.engine, limits, key, (reference, self.other) if reference else None, ("127.0.0.1",))
-        self.server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1))
+        self.server = uvicorn.Server(
+            uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1)
+        )
         self.thread = threading.Thread(target=lambda: self.server.run(sockets=[self.socket]))
         self.thread.start()
 
@@ -342,19 +357,25 @@ def test_compare_a_text(driver, sites):
         assert re.search(r"bad\n\d+\.\d %\ngood\n\d+\.\d %", text) and "tokens/s" in text and "tokens read" in text
     prompts = {bytes(body["prompt"][1:]) for _, body, _ in site.engine.asked}
     assert b"</b>\nSentiment:" in prompts  # the end of the prompt, in as many tokens as the task reads
-    assert [on for _, _, on in site.engine.asked][0] == MODELS["base"].apply
+    assert site.engine.asked[0][2] == MODELS["base"].apply
     assert quiet(driver)
 
 
 def test_answers_are_streamed_as_text_and_escape_ends_them(driver, sites):
-    site = sites(engine=Slow(["<img src=x onerror=alert(1)>", *[" word"] * 400], 0.05), other=Slow(["a", " b"]))
+    words = ["<img src=x onerror=alert(1)>", *[" word"] * 1000]
+    site = sites(engine=Slow(words, 0.05), other=Slow(["a", " b"]), limits=replace(LIMITS, seconds=60))
     person = Person(driver, site.url())
     person.choose("no task: answer a message")
     person.find("textarea")[0].send_keys("hello")
     person.press("control", "enter")
     person.see("word word word", ".column[data-state=busy]")
-    assert "12.3 tokens/s" in person.columns["Uncompressed"] and "as many as were asked for" in person.columns["Uncompressed"]
-    assert "<img src=x onerror=alert(1)>" in person.columns["Compressed"] and not driver.find_elements("css selector", "main img")
+    assert (
+        "12.3 tokens/s" in person.columns["Uncompressed"]
+        and "as many as were asked for" in person.columns["Uncompressed"]
+    )
+    assert "<img src=x onerror=alert(1)>" in person.columns["Compressed"] and not driver.find_elements(
+        "css selector", "main img"
+    )
     assert site.engine.closed == 0
     person.press("escape")
     person.see("stopped", "#status")
@@ -408,8 +429,14 @@ def test_a_wrong_key_and_a_server_that_has_gone_are_said(driver, sites):
 
 def test_what_a_model_cannot_do_is_said_in_its_column_or_at_the_text(driver, sites):
     engine, other = Slow(), Slow()
-    engine.error = Refused(400, "request (900 tokens) exceeds the available context size (64 tokens), try increasing it")
-    site = sites(engine=engine, other=other, limits=Limits(slots=1, waiting=1, patience=0.2, seconds=0.3, tokens=64, body=3000, context=64))
+    engine.error = Refused(
+        400, "request (900 tokens) exceeds the available context size (64 tokens), try increasing it"
+    )
+    site = sites(
+        engine=engine,
+        other=other,
+        limits=Limits(slots=1, waiting=1, patience=0.2, seconds=0.3, tokens=64, body=3000, context=64),
+    )
     person = Person(driver, site.url())
     person.choose("no task: continue a text")
     person.find("textarea")[0].send_keys("hello")
@@ -442,7 +469,9 @@ def test_everything_is_reached_and_named_without_a_mouse(driver, sites):
     """In the order of the page, each with a name; 360 pixels are wide enough, and what is written can be read."""
     person = Person(driver, sites().url())
     person.see("Compare", "#run")
-    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": 360, "height": 700, "deviceScaleFactor": 1, "mobile": False})
+    driver.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 360, "height": 700, "deviceScaleFactor": 1, "mobile": False}
+    )
     assert driver.execute_script("return document.documentElement.scrollWidth <= innerWidth")
     reached = set()
     for _ in range(12):
@@ -453,7 +482,9 @@ def test_everything_is_reached_and_named_without_a_mouse(driver, sites):
             assert one.accessible_name, one.get_attribute("outerHTML")
     assert len(reached) == 1 + 1 + 5 + 1  # the task, the text, the models, the button
     for scheme in ("light", "dark"):
-        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+        driver.execute_cdp_cmd(
+            "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        )
         assert min(contrasts(driver).values()) >= 4.5, contrasts(driver)
     driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})

@@ -849,9 +849,25 @@ async def engine_is_up(engine):
     return False
 
 
+@pytest.fixture(scope="module")
+def reference(folder, tmp_path_factory):
+    """An export of the base that was compressed."""
+    out = tmp_path_factory.mktemp("reference") / "full"
+    export(folder[1].parent / "base", [], out)
+    return out
+
+
+def test_a_reference_of_another_base_ends_the_start_in_one_line(folder, tmp_path, capsys):
+    export(exported.make_base(tmp_path / "base"), [], tmp_path / "other")
+    capsys.readouterr()
+    assert main(["serve", str(folder[0]), "--port", "0", "--reference", str(tmp_path / "other")]) == 1
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "an export of the base that" in told and "leave out --reference" in told
+
+
 @llama_cpp
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_command_serves_and_ends_cleanly(folder, number):
+def test_the_command_serves_and_ends_cleanly(folder, reference, number):
     command = [
         sys.executable,
         "-m",
@@ -864,6 +880,8 @@ def test_the_command_serves_and_ends_cleanly(folder, number):
         "1",
         "--context",
         "128",
+        "--reference",
+        str(reference),
     ]
     environment = {key: value for key, value in os.environ.items() if key != "CALORA_API_KEY"}
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as server:
@@ -895,3 +913,7 @@ def check_answers(client, address):
     ]
     assert all(sum(one["probs"]) == pytest.approx(1) and one["labels"] == ["a", "b", "c"] for one in data)
     assert client.post(f"{address}/completions", json={**body, "model": "other"}).status_code == 404
+    full = client.post(f"{address}/completions", json={**body, "model": "reference/base"}).json()
+    assert full["model"] == "reference/base" and full["choices"][0]["logprobs"] != whole["choices"][0]["logprobs"]
+    assert client.get(address.removesuffix("v1")).text.startswith("<!doctype html>")
+    assert client.get(address, headers={"Host": "elsewhere.example"}).status_code == 421

@@ -41,7 +41,12 @@ def scored_task(model: Model) -> Task:
     """
     if model.task is None or not model.task.scored:
         found = "the base, which has no task" if model.task is None else "a task whose answers are written"
-        raise CaloraError(f"model {model.name}", "an adapter of a classification task", found, "name its `task`, or ask for a completion")
+        raise CaloraError(
+            f"model {model.name}",
+            "an adapter of a classification task",
+            found,
+            "name an adapter as `task`, or ask for a completion",
+        )
     return model.task
 
 

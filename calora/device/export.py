@@ -173,7 +173,9 @@ def read_source(
             )
         folded[name].meta = read.meta
     if unknown := sorted(set(tasks) - (set() if compressed else set(folded))):
-        raise CaloraError("tasks", "names of plain LoRAs", unknown[0], "leave it out: the adapter's folder says its task")
+        raise CaloraError(
+            "tasks", "names of plain LoRAs", unknown[0], "leave it out: the adapter's folder says its task"
+        )
     return Source(base, model, report, load_tokenizer(base), shared_lora(model), folded, paths)
 
 

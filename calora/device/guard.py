@@ -54,7 +54,9 @@ class Guard:
             return await self.app(scope, receive, send)
         headers = dict(scope["headers"])
         if self.hosts is not None and PORT.sub(b"", headers.get(b"host", b"").lower()) not in self.hosts:
-            refusal = problem(421, f"This server is called {', '.join(sorted(map(bytes.decode, self.hosts)))}", "wrong_host")
+            refusal = problem(
+                421, f"This server is called {', '.join(sorted(map(bytes.decode, self.hosts)))}", "wrong_host"
+            )
             return await refusal(scope, receive, send)
         if scope["path"] not in self.open and not hmac.compare_digest(headers.get(b"authorization", b""), self.key):
             refusal = problem(401, "A wrong API key, or none: send `Authorization: Bearer KEY`", "invalid_api_key")
