@@ -1,7 +1,7 @@
 """The Prefect UI as a person uses it: fill in the form, run, look at the artifacts, have a value refused, cancel a run, schedule one.
 
-`python -m benchmarks.browser [folder for pictures]` beside a running `make ui PORT=4300`, after `make run`, with Chromium and its
-driver (Debian: `apt install chromium chromium-driver`) and `pip install selenium`. The cancelled run trains with another alpha.
+`python -m benchmarks.browser [folder for pictures]` beside a running `make ui PORT=4300`, after `make run`, with what
+`benchmarks.chromium` needs. The cancelled run trains with another alpha.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
+from benchmarks.chromium import chromium
+
 SERVER = "http://127.0.0.1:4300"
-FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1400,1500")
 OVER = ("COMPLETED", "FAILED", "CANCELLED")
 
 
@@ -36,11 +35,7 @@ class Browser:
     """Chromium without a window, and where its pictures go."""
 
     def __init__(self, pictures: Path) -> None:
-        options = webdriver.ChromeOptions()
-        options.binary_location = "/usr/bin/chromium"
-        for flag in FLAGS:
-            options.add_argument(flag)
-        self.driver = webdriver.Chrome(options=options, service=Service("/usr/bin/chromedriver"))
+        self.driver = chromium(1400, 1500)
         self.pictures = pictures
         self.began = datetime.now(UTC).isoformat()
         self.deployment = api("/deployments/name/ca-lora/local")["id"]

@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def export(command: argparse.ArgumentParser) -> Act:
     """A folder for other runtimes: base.gguf and a GGUF LoRA for each adapter (llama.cpp), or dense/ and PEFT folders (vLLM)."""
-    command.add_argument("base", help="folder of a compressed model")
+    command.add_argument("base", help="folder of a compressed model, or of an uncompressed one, to compare with")
     command.add_argument(
         "adapters",
         nargs="*",
@@ -42,6 +42,9 @@ def export(command: argparse.ArgumentParser) -> Act:
     command.add_argument(
         "--test", nargs="+", default=[], metavar="NAME=FILE", help="jsonl with labelled rows, to score an adapter on"
     )
+    command.add_argument(
+        "--task", nargs="+", default=[], metavar="NAME=FILE", help="task.json of a plain LoRA, on an uncompressed base"
+    )
     command.add_argument("--threads", type=int, help="of llama.cpp, for the score")
     command.add_argument(
         "--add",
@@ -50,14 +53,17 @@ def export(command: argparse.ArgumentParser) -> Act:
     )
 
     def act(chosen: argparse.Namespace) -> None:
+        from calora.common.files import read_json
         from calora.device.export import export
-        from calora.models.tasks import read_rows
+        from calora.models.tasks import Task, read_rows
 
         named = [_pair("--test", text, "movies=data/movies/test.jsonl") for text in chosen.test]
         tests = {name: read_rows(Path(file), "name a file with rows") for name, file in named}
+        files = [_pair("--task", text, "movies=data/movies/task.json") for text in chosen.task]
+        tasks = {name: Task.from_json(read_json(Path(file), "name a task.json")) for name, file in files}
         about = export(
             chosen.base, _adapters(chosen.adapters), chosen.out, kinds=chosen.kind, requantise=chosen.requantise,
-            adapter_type=chosen.adapter_type, recovery=chosen.recovery, tests=tests, threads=chosen.threads,
+            adapter_type=chosen.adapter_type, recovery=chosen.recovery, tasks=tasks, tests=tests, threads=chosen.threads,
             add=chosen.add,
         )  # fmt: skip
         size = sum(entry["bytes"] for entry in about["files"].values())
@@ -86,6 +92,7 @@ def serve(command: argparse.ArgumentParser) -> Act:
     command.add_argument(
         "--allow", nargs="+", default=[], metavar="DIR", help="folders of which adapters may be added, besides FOLDER"
     )
+    command.add_argument("--reference", metavar="FOLDER", help="an export of the uncompressed base, to compare with")
     for name, help_text in own.about().items():
         value = getattr(own, name)
         command.add_argument(f"--{name}", type=type(value), default=value, help=f"{help_text} ({value:g})")
@@ -95,7 +102,8 @@ def serve(command: argparse.ArgumentParser) -> Act:
             from calora.device.serve import serve
         limits = Limits(**{name: getattr(chosen, name) for name in own.about()})
         allowed = [Path(place) for place in chosen.allow]
-        serve(Path(chosen.folder), limits, chosen.host, chosen.port, chosen.threads, chosen.memory, allowed)
+        reference = Path(chosen.reference) if chosen.reference else None
+        serve(Path(chosen.folder), limits, chosen.host, chosen.port, chosen.threads, chosen.memory, allowed, reference)
 
     return act
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 
 import gguf
 import numpy as np
@@ -33,6 +34,7 @@ from calora.compression import compress
 from calora.compression.walk import Calibration
 from calora.device.architecture import Architecture
 from calora.device.blocks import NoExactType, as_linear, exact, packed, relative_error, rounded
+from calora.device.catalogue import Catalogue
 from calora.device.entries import read_entries
 from calora.device.export import export
 from calora.device.folder import check_pair, read_folder
@@ -533,6 +535,96 @@ def test_scores_of_plain_folders_are_those_of_torch(tmp_path, int8):
     wrong = [1 - round(score["torch"])] * 12
     worse = export(compressed, [folder], tmp_path / "out", kinds=["peft"], tests=tests, hits={"toy": wrong}, draws=100)
     assert worse["adapters"]["toy"]["scores"]["peft"]["torch"] == wrong[0]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """(an uncompressed base, a plain LoRA of it) in fp32; ranks and alphas are mixed."""
+    folder = tmp_path_factory.mktemp("plain")
+    base = make_base(folder / "base", dtype=torch.float32)
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 2})
+    generator, lora = torch.Generator().manual_seed(1), {}
+    for name, layer in linear_layers(load_model(base, torch.float32)).items():
+        if (part := name.rpartition(".")[2]) in ("q_proj", "v_proj"):
+            rank = 2 if part == "v_proj" else 4
+            lora[f"{name}.lora_A.weight"] = 0.15 * torch.randn(rank, layer.in_features, generator=generator)
+            lora[f"{name}.lora_B.weight"] = 0.15 * torch.randn(layer.out_features, rank, generator=generator)
+    write_adapter(folder / "toy", Adapter(config, lora), "base", plain_card(TASK, "base"), torch.float32)
+    return base, folder / "toy"
+
+
+def test_an_uncompressed_base_is_exported_with_plain_loras(tmp_path, plain):
+    base, folder = plain
+    out = tmp_path / "out"
+    about = export(base, [folder], out, kinds=["gguf", "peft"], adapter_type="F32", tasks={"toy": TASK})
+    assert about["base_fingerprint"] == about["compressed_fingerprint"] and about["recipe"] == []
+    assert about["base"]["types"] == {"F32": 15} and about["base"]["apply"] == []
+    assert about["adapters"]["toy"]["method"] == "lora" and about["adapters"]["toy"]["task"] == TASK.to_json()
+    found = Catalogue.read(out)
+    sizes = {name: entry["bytes"] for name, entry in about["files"].items()}
+    own = found.models["toy"]
+    assert not found.compressed and found.fingerprint == about["base_fingerprint"]
+    assert (own.base_bytes, own.adapter_bytes) == (sizes["base.gguf"], sizes["adapters/toy.gguf"])
+    model = load_model(base, torch.float32)
+    read = factors(out / "base.gguf")[1]
+    assert torch.equal(read["blk.1.ffn_down.weight"], model.model.layers[1].mlp.down_proj.weight)
+    card = (out / "README.md").read_text()
+    assert "# An uncompressed model and its adapters" in card and "| toy | toy | lora |" in card
+    ids = torch.randint(2, 250, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        want = PeftModel.from_pretrained(model, str(folder))(input_ids=ids).logits
+        dense = AutoModelForCausalLM.from_pretrained(out / "dense", dtype=torch.float32)
+        got = PeftModel.from_pretrained(dense, str(out / "peft/toy"))(input_ids=ids).logits
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
+def test_what_no_uncompressed_base_takes(tmp_path, plain, int8):
+    base, folder = plain
+    out = tmp_path / "out"
+    for adapters, tasks, said in (
+        ([folder], {}, "the task of toy, found none. Fix: give it: --task toy="),
+        ({"mine": folder}, {"toy": TASK}, "the task of mine, found tasks of toy"),
+        ([folder], {"toy": TASK, "other": TASK}, "tasks: expected names of plain LoRAs, found other"),
+        ([int8[1]], {"adapter": TASK}, "found one that was made for a compressed base"),
+    ):
+        with pytest.raises(CaloraError, match=said):
+            export(base, adapters, out, tasks=tasks)
+    with pytest.raises(CaloraError, match="tasks: expected names of plain LoRAs, found toy"):
+        export(int8[0], [int8[1]], out, tasks={"toy": TASK})
+    more = shutil.copytree(folder, tmp_path / "toy")
+    (more / "whole").mkdir()
+    with pytest.raises(CaloraError, match=r"a plain LoRA: llama\.cpp has nothing else, found what whole/ holds"):
+        export(base, [more], out, tasks={"toy": TASK})
+    theirs = shutil.copytree(base, tmp_path / "theirs")
+    config = read_json(theirs / "config.json", "")
+    write_json(theirs / "config.json", {**config, "quantization_config": {"quant_method": "gptq"}})
+    with pytest.raises(CaloraError, match="weights that are compressed already"):
+        export(theirs, [], out)
+    assert not out.exists()
+
+
+@llama_cpp
+def test_llama_cpp_computes_what_the_uncompressed_model_does(tmp_path, plain, capsys):
+    base, folder = plain
+    out = tmp_path / "out"
+    write_json(tmp_path / "task.json", TASK.to_json())
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in toy_rows(12, 3)))
+    command = ["export", str(base), str(folder), "--out", str(out), "--adapter-type", "F32", "--threads", "1"]
+    assert main([*command, "--task", f"toy={tmp_path}/task.json", "--test", f"toy={tmp_path}/test.jsonl"]) == 0
+    about = read_folder(out)
+    score = about["adapters"]["toy"]["scores"]["gguf"]
+    assert score["items"] == 12 and score["changed"] <= 1 and score["tokens"] == {"prompts": 12, "same": 12}
+    llama = Llama(out / "base.gguf", {file: out / file for file in about["adapters"]["toy"]["apply"]}, 128, 1)
+    ids = load_tokenizer(base)("Review: a good film, the plot was great\nSentiment:").input_ids
+    plainly = load_model(base, torch.float32)
+    with torch.no_grad():
+        alone = plainly(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+        own = (
+            PeftModel.from_pretrained(plainly, str(folder))(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+        )
+    for want, other, on in ((own, alone, about["adapters"]["toy"]["apply"]), (alone, own, [])):
+        torch.testing.assert_close(probabilities(llama, ids, on), want, rtol=1e-3, atol=2e-3)
+        assert float((want - other).abs().max()) > 0.3
 
 
 def test_without_xllamacpp_a_score_is_refused_before_any_work(tmp_path, int8, monkeypatch):

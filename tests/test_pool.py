@@ -494,7 +494,7 @@ def served(folder, test, start=None, limits=LIMITS, **options):
         catalogue = Catalogue.read(folder)
         pool = Pool(catalogue, start or Runtime().start, limits, **options)
         headers = {"Authorization": f"Bearer {KEY}"}
-        transport = httpx.ASGITransport(make_app(catalogue, pool.engine, limits, KEY, pool))
+        transport = httpx.ASGITransport(make_app(pool, limits, KEY))
         try:
             async with httpx.AsyncClient(
                 transport=transport, base_url="http://test/v1", headers=headers, timeout=120

@@ -26,6 +26,7 @@ from calora.device.choose import choose, prompt_ids, softmax
 from calora.device.engine import LlamaEngine, Refused
 from calora.device.export import export
 from calora.device.limits import Limits
+from calora.device.pool import Pool
 from calora.device.queue import AdapterQueue, Full, Late
 from calora.device.table import classify_table
 from calora.errors import CaloraError
@@ -116,12 +117,17 @@ def token_of(word, *tops):
     return {**one(word), "top_logprobs": [one(word), *map(one, tops)]}
 
 
+def pool_of(engine, limits, catalogue=CATALOGUE):
+    """Everything of a catalogue is in this engine."""
+    return Pool(catalogue, lambda _: engine, limits)
+
+
 def with_client(test, engine=None, limits=LIMITS, key=KEY):
     """Run `test(client, engine)` against the application."""
     engine = engine or Fake()
 
     async def run():
-        transport = httpx.ASGITransport(make_app(CATALOGUE, engine, limits, KEY))
+        transport = httpx.ASGITransport(make_app(pool_of(engine, limits), limits, KEY))
         headers = {"Authorization": f"Bearer {key}"}
         async with httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers) as client:
             return await asyncio.wait_for(test(client, engine), 20)
@@ -254,7 +260,7 @@ def test_a_queue_is_full_and_a_wait_is_over():
 # What a request may be
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/base", "/", "/docs", "/v1/completions"])
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/base", "/other", "/docs", "/v1/completions"])
 def test_nothing_without_the_key(path):
     async def test(client, engine):
         for headers in ({"Authorization": f"Bearer {KEY}x"}, {"Authorization": KEY}, {"Authorization": ""}):
@@ -347,7 +353,7 @@ def test_a_large_body_is_refused(chunked):
 
 def test_a_slow_body_is_not_waited_for():
     async def run():
-        app, sent = make_app(CATALOGUE, Fake(), Limits(seconds=0.05), KEY), []
+        app, sent = make_app(pool_of(Fake(), Limits(seconds=0.05)), Limits(seconds=0.05), KEY), []
 
         async def receive():
             await asyncio.sleep(60)
@@ -486,7 +492,7 @@ def test_a_turn_that_does_not_come_is_said():
 def test_a_client_that_has_gone_leaves_its_place(stream, queued):
     async def run():
         engine = Fake()
-        app = make_app(CATALOGUE, engine, Limits(slots=1), KEY)
+        app = make_app(pool_of(engine, Limits(slots=1)), Limits(slots=1), KEY)
         transport = httpx.ASGITransport(app)
         headers = {"Authorization": f"Bearer {KEY}"}
         async with httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers) as client:
@@ -533,7 +539,7 @@ def test_a_reader_who_leaves_a_stream_ends_it():
     async def run():
         engine = Fake()
         engine.words = ["x"] * 100_000
-        app = make_app(CATALOGUE, engine, Limits(), KEY)
+        app = make_app(pool_of(engine, Limits()), Limits(), KEY)
         messages, started = [{"type": "http.request", "body": json.dumps(text(stream=True)).encode()}], asyncio.Event()
 
         async def receive():
@@ -854,9 +860,25 @@ async def engine_is_up(engine):
     return False
 
 
+@pytest.fixture(scope="module")
+def reference(folder, tmp_path_factory):
+    """An export of the base that was compressed."""
+    out = tmp_path_factory.mktemp("reference") / "full"
+    export(folder[1].parent / "base", [], out)
+    return out
+
+
+def test_a_reference_of_another_base_ends_the_start_in_one_line(folder, tmp_path, capsys):
+    export(exported.make_base(tmp_path / "base"), [], tmp_path / "other")
+    capsys.readouterr()
+    assert main(["serve", str(folder[0]), "--port", "0", "--reference", str(tmp_path / "other")]) == 1
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "an export of the base that" in told and "leave out --reference" in told
+
+
 @llama_cpp
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_command_serves_and_ends_cleanly(folder, number):
+def test_the_command_serves_and_ends_cleanly(folder, reference, number):
     command = [
         sys.executable,
         "-m",
@@ -869,12 +891,15 @@ def test_the_command_serves_and_ends_cleanly(folder, number):
         "1",
         "--context",
         "128",
+        "--reference",
+        str(reference),
     ]
     environment = {key: value for key, value in os.environ.items() if key != "CALORA_API_KEY"}
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as server:
         try:
             address = re.search(r"http://127\.0\.0\.1:\d+/v1", server.stdout.readline())[0]
             key = server.stdout.readline().removeprefix("API key: ").strip()
+            assert server.stdout.readline() == f"to try it: {address.removesuffix('v1')}#key={key}\n"
             with httpx.Client(headers={"Authorization": f"Bearer {key}"}, timeout=60) as client:
                 check_answers(client, address)
                 taken = main(["serve", str(folder[0]), "--port", address.split(":")[2].removesuffix("/v1")])
@@ -899,3 +924,7 @@ def check_answers(client, address):
     ]
     assert all(sum(one["probs"]) == pytest.approx(1) and one["labels"] == ["a", "b", "c"] for one in data)
     assert client.post(f"{address}/completions", json={**body, "model": "other"}).status_code == 404
+    full = client.post(f"{address}/completions", json={**body, "model": "reference/base"}).json()
+    assert full["model"] == "reference/base" and full["choices"][0]["logprobs"] != whole["choices"][0]["logprobs"]
+    assert client.get(address.removesuffix("v1")).text.startswith("<!doctype html>")
+    assert client.get(address, headers={"Host": "elsewhere.example"}).status_code == 421

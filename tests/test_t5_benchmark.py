@@ -22,7 +22,9 @@ ROWS = [
     for label, words in enumerate((BAD, GOOD)) for noun in ("plot", "film", "cast") for word in words for other in words
 ]  # fmt: skip
 SETS = {"toy": (TASK, ROWS)}
-TINY = train.Shape(width=16, neurons=32, blocks=1, heads=2, vocabulary=180, sample=50, piece=20, pieces=4, texts=8, most=(("toy", 40),))
+TINY = train.Shape(
+    width=16, neurons=32, blocks=1, heads=2, vocabulary=180, sample=50, piece=20, pieces=4, texts=8, most=(("toy", 40),)
+)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +80,9 @@ def test_a_base_is_trained_and_what_is_done_is_not_done_again(tmp_path, monkeypa
     learned = load_model(tmp_path / "t5", torch.float32)
     assert learned.config.dense_act_fn == "relu" and learned.config.tie_word_embeddings
     assert len(load_tokenizer(tmp_path / "t5")) == learned.config.vocab_size
-    start, gapped = (load_model(tmp_path / "checkpoints" / name, torch.float32) for name in ("start", "span_corruption"))
+    start, gapped = (
+        load_model(tmp_path / "checkpoints" / name, torch.float32) for name in ("start", "span_corruption")
+    )
     examples = mixed(SETS, load_tokenizer(tmp_path / "t5"), {"toy": 99})
 
     def loss(model):
@@ -132,16 +136,30 @@ def test_the_project_is_ours_with_another_base(monkeypatch, tmp_path):
 def test_losses_are_paired_with_the_teacher():
     def stored(right):
         bits = np.packbits([1] * right + [0] * (100 - right))
-        return {"items": 100, "hits": base64.b64encode(bits.tobytes()).decode(), "bytes_on_disk": 2e7, "adapter_bytes": 1}
+        return {
+            "items": 100,
+            "hits": base64.b64encode(bits.tobytes()).decode(),
+            "bytes_on_disk": 2e7,
+            "adapter_bytes": 1,
+        }
 
-    run = {"": {"llm_lora": stored(80), "llm": stored(60)}, "m": {"clm_inherited": stored(79), "clm_calora": stored(81)}}
+    run = {
+        "": {"llm_lora": stored(80), "llm": stored(60)},
+        "m": {"clm_inherited": stored(79), "clm_calora": stored(81)},
+    }
     found = Results({"runs": {"0": {task: run for task in project.TASKS}}, "sizes": {"m": {}}}, tuple(project.TASKS))
     rows = {(row[0], row[1]): row for row in report.lost_table(found).rows}
-    assert rows["m", "+ inherited LoRA"][3:-2] == ["0.790"] * 4 and rows["m", "+ inherited LoRA"][-1].startswith("-0.010 [")
+    assert rows["m", "+ inherited LoRA"][3:-2] == ["0.790"] * 4 and rows["m", "+ inherited LoRA"][-1].startswith(
+        "-0.010 ["
+    )
     assert rows["m", "+ CA-LoRA"][-1].startswith("+0.010 [") and rows["uncompressed", "LLM + LoRA (teacher)"][-1] == ""
     assert "| uncompressed | LLM |" in report.lost_table(found).grid()
 
 
 def test_the_page_has_a_place_for_the_table():
     page = report.PAGE.read_text(encoding="utf-8")
-    assert page.count("<!-- start: recipes of benchmarks.t5 -->") == page.count("<!-- end: recipes of benchmarks.t5 -->") == 1
+    assert (
+        page.count("<!-- start: recipes of benchmarks.t5 -->")
+        == page.count("<!-- end: recipes of benchmarks.t5 -->")
+        == 1
+    )

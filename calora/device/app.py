@@ -9,8 +9,8 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Collection, Coroutine, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -20,13 +20,15 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from calora.device.bodies import Addition, Chat, Classification, Completion, Removal
-from calora.device.catalogue import Catalogue, Model, NoSuchModel
+from calora.device.catalogue import Model, NoSuchModel
 from calora.device.choose import Choice, choose, scored_task
-from calora.device.engine import Engine, Refused
+from calora.device.engine import Refused
 from calora.device.guard import Guard, problem
 from calora.device.limits import Limits
 from calora.device.pool import Pool
 from calora.device.queue import Full, Late
+from calora.device.served import REFERENCE, Models, OutOfTime, Served
+from calora.device.static import PATHS, add_page
 from calora.device.translate import Translator
 from calora.errors import CaloraError
 from calora.models.tasks import Row, Task
@@ -36,60 +38,49 @@ GONE = 499  # nobody reads it
 AHEAD = 64  # pieces that a stream may be ahead of its reader
 
 
-class OutOfTime(Exception):
-    """A request ran as long as it may."""
-
-
-def make_app(catalogue: Catalogue, engine: Engine, limits: Limits, key: str, pool: Pool | None = None) -> Guard:
+def make_app(
+    pool: Pool, limits: Limits, key: str, reference: Pool | None = None, hosts: Collection[str] | None = None
+) -> Guard:
     """The application.
 
     Args:
-        catalogue: the models.
-        engine: that runs them.
+        pool: the models, and what runs them.
         limits: of requests.
         key: without which a request gets 401.
-        pool: of these models over this engine, where some are not in memory; by default all are.
+        reference: what they are compared with.
+        hosts: names of this server that a request may use; None: any.
     """
-    pool = pool or Pool(catalogue, lambda _: engine, limits)
+    others = [Served(reference, limits, REFERENCE)] if reference else []
+    models = Models(Served(pool, limits), *others)
     app = FastAPI(title="calora", docs_url=None, redoc_url=None, openapi_url=None)
     _add_errors(app, limits)
+    add_page(app)
     started = int(time.time())
-
-    @asynccontextmanager
-    async def turn(model: Model) -> AsyncIterator[None]:
-        """The model's turn, for as long as a request may run."""
-        async with pool.turn(model):
-            try:
-                async with asyncio.timeout(limits.seconds):
-                    yield
-            except TimeoutError:
-                raise OutOfTime from None
-
-    def described(model: Model) -> dict[str, Any]:
-        about = {"id": model.name, "object": "model", "created": started, "owned_by": "calora"}
-        return {**about, "resident": pool.has(model), **({"task": model.task.to_json()} if model.task else {})}
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        well = await pool.healthy()
+        pools = [served.pool for served in models.served]
+        well = all([await one.healthy() for one in pools])
         body = {
             "status": "ok" if well else "llama.cpp does not answer",
-            "running": pool.queue.running,
-            "waiting": pool.queue.length,
+            "running": sum(one.queue.running for one in pools),
+            "waiting": sum(one.queue.length for one in pools),
         }
         return JSONResponse(body, 200 if well else 503)
 
     @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [described(model) for model in catalogue.models.values()]}
+    async def listed() -> dict[str, Any]:
+        return {"object": "list", "data": [served.described(model, started) for served, model in models]}
 
-    @app.get("/v1/models/{name}")
-    async def model(name: str) -> dict[str, Any]:
-        return described(catalogue[name])
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> dict[str, Any]:
+        served, model = models[name]
+        return served.described(model, started)
 
     @app.post("/v1/load_lora_adapter")
     async def add(body: Addition) -> dict[str, Any]:
-        return described(await pool.add(body.lora_name, body.lora_path))
+        added = await pool.add(body.lora_name, body.lora_path)
+        return models.served[0].described(added, started)
 
     @app.post("/v1/unload_lora_adapter")
     async def remove(body: Removal) -> dict[str, Any]:
@@ -107,31 +98,31 @@ def make_app(catalogue: Catalogue, engine: Engine, limits: Limits, key: str, poo
         return await generate(request, body, "/v1/chat/completions")
 
     async def generate(request: Request, body: Completion | Chat, path: str) -> Response:
-        chosen = catalogue[body.model]
+        served, chosen = models[body.model]
         if (body.max_tokens or 0) > limits.tokens:
             return problem(400, f"max_tokens may be {limits.tokens}, and is {body.max_tokens}")
         if body.stream_options and not body.stream:
             return problem(400, "stream_options are for `stream: true`")
-        translate = Translator(chosen.name, body.top)
+        translate = Translator(body.model, body.top)
         asked = body.to_llama(limits.tokens)
         if body.stream:
-            return await stream(request, chosen, path, asked, translate)
+            return await stream(request, served, chosen, path, asked, translate)
 
         async def answer() -> dict[str, Any]:
-            async with turn(chosen):
-                return await engine.ask(path, asked, chosen.apply)
+            async with served.turn(chosen):
+                return await served.engine.ask(path, asked, chosen.apply)
 
         return JSONResponse(translate(await _while_there(request, answer())))
 
     async def stream(
-        request: Request, chosen: Model, path: str, asked: dict[str, Any], translate: Translator
+        request: Request, served: Served, chosen: Model, path: str, asked: dict[str, Any], translate: Translator
     ) -> Response:
         """What is refused is refused before the first byte; the turn ends with the stream, or when the client has gone."""
         events: asyncio.Queue[dict[str, Any] | Exception | None] = asyncio.Queue(AHEAD)
 
         async def produce() -> None:  # in a task of its own: a turn is left where it was entered
             try:
-                async with turn(chosen), engine.stream(path, asked, chosen.apply) as pieces:
+                async with served.turn(chosen), served.engine.stream(path, asked, chosen.apply) as pieces:
                     async for piece in pieces:
                         await events.put(piece)
             except Exception as error:
@@ -151,7 +142,9 @@ def make_app(catalogue: Catalogue, engine: Engine, limits: Limits, key: str, poo
 
     @app.post("/v1/classify")
     async def classify(request: Request, body: Classification) -> dict[str, Any]:
-        chosen = catalogue[body.model]
+        served, chosen = models[body.model]
+        if body.task is not None:
+            chosen = replace(chosen, task=scored_task(models[body.task][1]))
         task = scored_task(chosen)
         rows = [_row(task, one) for one in body.inputs]
         for row in rows:  # before any work
@@ -160,13 +153,13 @@ def make_app(catalogue: Catalogue, engine: Engine, limits: Limits, key: str, poo
         some = asyncio.Semaphore(limits.slots)  # a long list leaves the queue to others
 
         async def one(row: Row) -> Choice:
-            async with some, turn(chosen):
-                return await choose(engine, chosen, row, limits.context)
+            async with some, served.turn(chosen):
+                return await choose(served.engine, chosen, row, limits.context, body.cache_prompt)
 
         choices = await _while_there(request, _all([one(row) for row in rows]))
-        return _classified(choices, chosen.name)
+        return _classified(choices, body.model)
 
-    return Guard(app, key, limits.body, limits.seconds)
+    return Guard(app, key, limits.body, limits.seconds, PATHS, hosts)
 
 
 class Stream(StreamingResponse):

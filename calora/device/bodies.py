@@ -13,10 +13,11 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 class Body(BaseModel):
-    """Of a request."""
+    """Of a request; without `cache_prompt` a prompt is read anew, so that times can be compared."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     model: str
+    cache_prompt: bool = True
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
@@ -56,7 +57,7 @@ class Generation(Body):
             tokens: to write at most, where the request does not say.
         """
         own = self.model_dump(exclude_none=True, exclude={"model", "stream", "max_completion_tokens", *UNUSED})
-        return {"max_tokens": tokens, "cache_prompt": True, **own}
+        return {"max_tokens": tokens, **own}
 
 
 class Completion(Generation):
@@ -125,8 +126,9 @@ class Removal(Part):
 
 
 class Classification(Body):
-    """POST /v1/classify: texts, or rows where the prompt has several columns."""
+    """POST /v1/classify: texts, or rows where the prompt has several columns; `task` names a model whose task it is, if not its own."""
 
+    task: str | None = None
     input: str | dict[str, Any] | Annotated[list[str | dict[str, Any]], Field(min_length=1, max_length=INPUTS)]
 
     @property

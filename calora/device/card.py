@@ -7,14 +7,15 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from calora.device.folder import BASE, DENSE, PEFT
+from calora.device.folder import BASE, DENSE, PEFT, is_compressed
 
 NAMES = {"gguf": "llama.cpp", "peft": "transformers and PEFT"}
 
 
 def export_card(about: Mapping[str, Any]) -> str:
     """The card of a folder whose manifest.json says `about`."""
-    parts = ["# A compressed model and its adapters", _files(about), _exactness(about), _scores(about), _use(about)]
+    title = f"# {'A compressed' if is_compressed(about) else 'An uncompressed'} model and its adapters"
+    parts = [title, _files(about), _adapters(about), _exactness(about), _scores(about), _use(about)]
     data = ModelCardData(tags=["calora", "lora", "compression", *(["gguf"] if about["base"] else [])])
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n"))
 
@@ -24,17 +25,22 @@ def _files(about: Mapping[str, Any]) -> str:
     return "\n".join(["| file | MB |", "|---|---:|", *rows])
 
 
+def _adapters(about: Mapping[str, Any]) -> str:
+    rows = [f"| {name} | {one['task']['name']} | {one['method'] or ''} |" for name, one in about["adapters"].items()]
+    return "\n".join(["| adapter | task | method |", "|---|---|---|", *rows]) if rows else ""
+
+
 def _exactness(about: Mapping[str, Any]) -> str:
     base = about["base"]
     if not base:
         return ""
     types = ", ".join(f"{count} {name}" for name, count in base["types"].items())
     if not base["rounded"]:
-        return f"Every weight of `{BASE}` is the compressed model's, to the bit ({types})."
+        return f"Every weight of `{BASE}` is the model's, to the bit ({types})."
     rows = [
         f"| `{layer}` | {one['was']} | {one['type']} | {one['error']:.4f} |" for layer, one in base["rounded"].items()
     ]
-    told = f"**{len(rows)} tensors of `{BASE}` were rounded** ({types}), as was asked; the others are the compressed model's, to the bit."
+    told = f"**{len(rows)} tensors of `{BASE}` were rounded** ({types}), as was asked; the others are the model's, to the bit."
     return "\n".join([told, "", "| layer | was | is | relative error |", "|---|---|---|---:|", *rows])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,11 @@ class NoSuchModel(Exception):
     """None of that name is served."""
 
 
+def unknown(name: str, known: Iterable[str]) -> NoSuchModel:
+    """What to raise where a name is none of those."""
+    return NoSuchModel(f"The model {name!r:.100} is not served here; these are: {', '.join(known)}")
+
+
 @dataclass(frozen=True)
 class Model:
     """One that a request may choose.
@@ -29,11 +34,17 @@ class Model:
         name: of the adapter, or `base`.
         apply: the LoRA files that are on, relative to the folder: the base's recovery, if it has one, and the adapter.
         task: the adapter's, with its prompt and answers; None for the base.
+        method: what made the adapter, such as `calora`; None for the base.
+        base_bytes: of the files that the base alone needs, and this model too.
+        adapter_bytes: of those that come on top.
     """
 
     name: str
     apply: tuple[str, ...]
     task: Task | None = None
+    method: str | None = None
+    base_bytes: int = 0
+    adapter_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,7 +56,8 @@ class Catalogue:
         base: its GGUF file.
         context: most tokens that the model reads.
         models: by name, the base first; some may come and go.
-        fingerprint: of the compressed base.
+        fingerprint: of this base.
+        uncompressed: fingerprint of the base that it was made of; the same where nothing was compressed.
     """
 
     folder: Path
@@ -53,6 +65,7 @@ class Catalogue:
     context: int
     models: dict[str, Model]
     fingerprint: str = ""
+    uncompressed: str = ""
 
     @classmethod
     def read(cls, folder: Path) -> Catalogue:
@@ -64,10 +77,16 @@ class Catalogue:
         """
         about = read_folder(folder)
         models, base = _models(folder, about), folder / about["base"]["file"]
-        found = cls(folder, base, int(about["context"]), models, about["compressed_fingerprint"])
+        made = about["compressed_fingerprint"], about["base_fingerprint"]
+        found = cls(folder, base, int(about["context"]), models, *made)
         for path in found.loras.values():
             check_made_for(path, found.fingerprint, base)
         return found
+
+    @property
+    def compressed(self) -> bool:
+        """Whether this base is another one than the uncompressed base."""
+        return self.fingerprint != self.uncompressed
 
     @property
     def loras(self) -> dict[str, Path]:
@@ -78,7 +97,7 @@ class Catalogue:
     def __getitem__(self, name: str) -> Model:
         """A model; raises `NoSuchModel`."""
         if name not in self.models:
-            raise NoSuchModel(f"The model {name!r:.100} is not served here; these are: {', '.join(self.models)}")
+            raise unknown(name, self.models)
         return self.models[name]
 
     def listed(self, changed: Collection[str] = ()) -> dict[str, Model]:
@@ -125,21 +144,33 @@ class Catalogue:
         if not {"task", "recovery"} <= entries.keys():
             raise CaloraError(file, "an adapter that `calora export` wrote", "another file", "export it again")
         check_made_for(file, self.fingerprint, self.base)
-        always = self.models[BASE_NAME].apply if entries["recovery"] == "beside" else ()
-        return Model(name, (*always, str(file)), Task.from_json(json.loads(entries["task"])))
+        base, task = self.models[BASE_NAME], Task.from_json(json.loads(entries["task"]))
+        always, size = (
+            (base.apply, base.base_bytes) if entries["recovery"] == "beside" else ((), self.base.stat().st_size)
+        )
+        return Model(name, (*always, str(file)), task, entries.get("method"), size, file.stat().st_size)
 
 
 def _models(folder: Path, about: Mapping[str, Any]) -> dict[str, Model]:
     """What manifest.json says of them."""
     if not about["base"]:
         raise CaloraError(folder, "base.gguf", "an export without it", "export it with --kind gguf")
-    models = {BASE_NAME: Model(BASE_NAME, tuple(about["base"]["apply"]))}
+    models = {BASE_NAME: _model(folder, about, BASE_NAME, about["base"])}
     for name, entry in about["adapters"].items():
         if name == BASE_NAME:
             fix = "export it under another name: NAME=FOLDER"
             raise CaloraError(f"{folder}, adapters", f"names other than '{BASE_NAME}'", name, fix)
-        models[name] = Model(name, tuple(entry["apply"]), Task.from_json(entry["task"]))
-    for file in (file for model in models.values() for file in model.apply):
-        if file not in about["files"]:
-            raise CaloraError(folder, "LoRAs that manifest.json lists", file, "export it again")
+        models[name] = _model(folder, about, name, entry)
     return models
+
+
+def _model(folder: Path, about: Mapping[str, Any], name: str, entry: Mapping[str, Any]) -> Model:
+    """One of a manifest.json."""
+    shared = {about["base"]["file"], *about["base"]["apply"]}
+    sizes = {True: 0, False: 0}
+    for file in dict.fromkeys([about["base"]["file"], *entry["apply"]]):
+        if file not in about["files"]:
+            raise CaloraError(folder, "files that manifest.json lists", file, "export it again")
+        sizes[file in shared] += about["files"][file]["bytes"]
+    task = Task.from_json(entry["task"]) if "task" in entry else None
+    return Model(name, tuple(entry["apply"]), task, entry.get("method"), sizes[True], sizes[False])

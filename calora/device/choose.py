@@ -41,16 +41,22 @@ def scored_task(model: Model) -> Task:
     """
     if model.task is None or not model.task.scored:
         found = "the base, which has no task" if model.task is None else "a task whose answers are written"
-        raise CaloraError(f"model {model.name}", "an adapter of a classification task", found, "ask for a completion")
+        raise CaloraError(
+            f"model {model.name}",
+            "an adapter of a classification task",
+            found,
+            "name an adapter as `task`, or ask for a completion",
+        )
     return model.task
 
 
-async def choose(engine: Engine, model: Model, row: Row, context: int) -> Choice:
+async def choose(engine: Engine, model: Model, row: Row, context: int, cached: bool = True) -> Choice:
     """The answer of highest likelihood, as `Task.likelihood` counts: p(answer) ~ exp(sum or mean of its log-probabilities).
 
     Args:
         row: with the columns of the prompt, and of the answers where they are the row's own.
         context: most tokens that a request may have.
+        cached: whether what a slot has read before of the prompt may be used.
 
     Raises:
         CaloraError: the model has no such task, or the row lacks a column.
@@ -64,9 +70,14 @@ async def choose(engine: Engine, model: Model, row: Row, context: int) -> Choice
     prompt = await prompt_ids(engine, task.render(row), longest)
     singles = [ids[0] for ids in answers]
     if all(len(ids) == 1 for ids in answers) and len(set(singles)) == len(singles):
-        found = await _of_one_token(engine, model, prompt, singles)
+        found = await _of_one_token(engine, model, prompt, singles, cached)
     else:
-        found = softmax([await _likelihood(engine, model, task, prompt, ids) for ids in answers])
+        found = softmax(
+            [
+                await _likelihood(engine, model, task, prompt, ids, cached or number > 0)
+                for number, ids in enumerate(answers)
+            ]
+        )
     best = max(range(len(found)), key=found.__getitem__)
     return Choice(texts[best].strip(), found, [text.strip() for text in texts], len(prompt))
 
@@ -85,21 +96,27 @@ async def prompt_ids(engine: Engine, text: str, longest: int) -> list[int]:
     return [*ids[:first], *bare[-room:], *ids[first + len(bare) :]]
 
 
-async def _of_one_token(engine: Engine, model: Model, prompt: Sequence[int], ids: Sequence[int]) -> list[float]:
+async def _of_one_token(
+    engine: Engine, model: Model, prompt: Sequence[int], ids: Sequence[int], cached: bool
+) -> list[float]:
     """One pass: the answers' logits are raised alike, so that what is left of the distribution is theirs."""
     bias = [[token, ONLY] for token in ids]
     asked = {**PLAINLY, "prompt": list(prompt), "logit_bias": bias, "n_probs": len(ids), "post_sampling_probs": True}
+    asked["cache_prompt"] = cached
     said = await engine.ask("/completion", asked, model.apply)
     found = {one["id"]: float(one["prob"]) for one in _of_first(said)["top_probs"]}
     total = sum(found.get(token, 0.0) for token in ids)
     return [found.get(token, 0.0) / total for token in ids]
 
 
-async def _likelihood(engine: Engine, model: Model, task: Task, prompt: Sequence[int], ids: Sequence[int]) -> float:
+async def _likelihood(
+    engine: Engine, model: Model, task: Task, prompt: Sequence[int], ids: Sequence[int], cached: bool
+) -> float:
     """A pass for each token of an answer; the one before is in the cache."""
     logs = []
     for place, token in enumerate(ids):
         asked = {"prompt": [*prompt, *ids[:place]], "logit_bias": [[token, ONLY]], "n_probs": 1}
+        asked["cache_prompt"] = cached or place > 0
         said = await engine.ask("/completion", {**PLAINLY, **asked}, model.apply)
         logs.append(float(_of_first(said)["logprob"]))  # before the bias
     return sum(logs) / (len(logs) if task.likelihood == "mean" else 1)

@@ -1,4 +1,4 @@
-"""Export a compressed base with its adapters for other runtimes: GGUF for llama.cpp, plain folders for transformers, PEFT and vLLM."""
+"""Export a base with its adapters for other runtimes: GGUF for llama.cpp, plain folders for transformers, PEFT and vLLM."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ from calora.device.architecture import Architecture
 from calora.device.blocks import REQUANTISED, count_types
 from calora.device.card import export_card
 from calora.device.dense import dtype_of, write_dense
+from calora.device.plain import read_plain, read_uncompressed
 from calora.device.runtime import library
-from calora.device.score import adapter_file, compared, encoded, llama_hits, peft_hits, torch_hits
+from calora.device.score import adapter_file, compared, encoded, llama_hits, peft_hits, plain_hits, torch_hits
 from calora.device.vocabulary import add_vocabulary
 from calora.device.writer import ADAPTER_TYPES, adapter_tensors, base_tensors, told, write_base, write_lora
 from calora.errors import CaloraError
 from calora.models.loading import load_tokenizer
 from calora.models.tasks import Row, Task
+from calora.saving import REPORT
 
 KINDS = ("gguf", "peft")
 PLACES = ("beside", "inside")
@@ -39,9 +41,9 @@ class Source:
     """What is exported.
 
     Args:
-        path: folder of the compressed base.
+        path: folder of the base.
         model: in its stored form.
-        report: its compression.json.
+        report: its compression.json; of an uncompressed base what `read_uncompressed` says.
         tokenizer: its own.
         shared: its recovery, as a LoRA; without layers where it has none.
         adapters: name -> folded adapter, with what its calora.json says.
@@ -71,6 +73,7 @@ def export(
     requantise: str | None = None,
     adapter_type: str = "BF16",
     recovery: str = "beside",
+    tasks: Mapping[str, Task] | None = None,
     tests: Mapping[str, Sequence[Row]] | None = None,
     hits: Mapping[str, Sequence[int]] | None = None,
     draws: int = 2000,
@@ -84,14 +87,15 @@ def export(
     Q5_0); an adapter is the LoRA that its linear form folds into (`calora.fold`).
 
     Args:
-        base: a compressed model.
-        adapters: adapter folders, by name or by the names of their tasks.
+        base: a compressed model; or an uncompressed one with plain LoRAs of PEFT, to compare with.
+        adapters: adapter folders, by name or by the names of their tasks (plain LoRAs: of their folders).
         out: the folder to write; an earlier export there is replaced.
         kinds: `gguf` (llama.cpp) and `peft` (dense/ and peft/NAME: transformers, PEFT, vLLM).
         requantise: round layers that no type of GGUF holds exactly to this one, such as Q8_0; the card names them.
         adapter_type: of the LoRAs in GGUF: BF16, F16, F32 or Q8_0.
         recovery: where the base's recovery goes, if it has one: `beside` (recovery.gguf, on under every adapter; in dense/)
             or `inside` (each adapter: faster, larger files; recovery.gguf is for the base alone).
+        tasks: plain LoRA -> its task, which its folder does not say.
         tests: adapter -> labelled rows: it is scored on them, and the card says so.
         hits: adapter -> whether the torch model is right on each of these rows, where that is known already.
         draws, seed: of the bootstrap.
@@ -114,7 +118,7 @@ def export(
     _check(out, kinds, adapter_type, recovery, requantise)
     if tests and "gguf" in kinds:
         library()
-    source = read_source(Path(base), adapters)
+    source = read_source(Path(base), adapters, tasks or {})
     if unknown := sorted(set(tests or {}) - set(source.adapters)):
         raise CaloraError("tests", f"names among {', '.join(source.adapters)}", unknown[0], "name an adapter")
     for name in tests or {} if "gguf" in kinds else {}:
@@ -149,9 +153,12 @@ def _check(out: Path, kinds: Sequence[str], adapter_type: str, recovery: str, re
         raise CaloraError(out, "a new folder, or an earlier export", "something else", "name another folder")
 
 
-def read_source(base: Path, adapters: Mapping[str, str | Path] | Iterable[str | Path]) -> Source:
+def read_source(
+    base: Path, adapters: Mapping[str, str | Path] | Iterable[str | Path], tasks: Mapping[str, Task]
+) -> Source:
     """Read all that is exported, before anything is written."""
-    model, report = stored_form(base)
+    compressed = (base / REPORT).exists()
+    model, report = stored_form(base) if compressed else read_uncompressed(base)
     named: list[tuple[str | None, Path]] = (
         [(name, Path(path)) for name, path in adapters.items()]
         if isinstance(adapters, Mapping)
@@ -160,24 +167,34 @@ def read_source(base: Path, adapters: Mapping[str, str | Path] | Iterable[str | 
     folded: dict[str, Adapter] = {}
     paths: dict[str, Path] = {}
     for given, path in named:
-        read = read_adapter(path)
-        name = given or str(read.meta["task"]["name"])
+        read = _read_compressed(path, base, report) if compressed else read_plain(path, given, model, tasks)
+        name = given or (str(read.meta["task"]["name"]) if compressed else path.name)
         if not re.fullmatch(layout.NAME, name) or name in folded:
             found = f"{name!r}{', twice' if name in folded else ''}"
             raise CaloraError(
                 f"adapter {path}", "a name of letters, digits, _ and - of its own", found, "name it: NAME=FOLDER"
             )
-        made_for = read.meta["compressed_fingerprint"]
-        if made_for != report["fingerprint"]:
-            found = f"the base {report['fingerprint']} of {base}"
-            raise CaloraError(f"adapter {path}", f"the base that it was made for, {made_for}", found, "name that base")
         folded[name], paths[name] = fold(read), path
         if not folded[name].lora:
             raise CaloraError(
                 f"adapter {path}", "a LoRA or a linear bypass", "neither", "leave it out: it is the base alone"
             )
         folded[name].meta = read.meta
+    if unknown := sorted(set(tasks) - (set() if compressed else set(folded))):
+        raise CaloraError(
+            "tasks", "names of plain LoRAs", unknown[0], "leave it out: the adapter's folder says its task"
+        )
     return Source(base, model, report, load_tokenizer(base), shared_lora(model), folded, paths)
+
+
+def _read_compressed(path: Path, base: Path, report: Mapping[str, Any]) -> Adapter:
+    """An adapter of a compressed base."""
+    read = read_adapter(path)
+    made_for = read.meta["compressed_fingerprint"]
+    if made_for != report["fingerprint"]:
+        found = f"the base {report['fingerprint']} of {base}"
+        raise CaloraError(f"adapter {path}", f"the base that it was made for, {made_for}", found, "name that base")
+    return read
 
 
 def _kinds(about: Mapping[str, Any]) -> list[str]:
@@ -217,6 +234,7 @@ def _entries(source: Source) -> dict[str, Any]:
     return {
         name: {
             "file": None, "apply": [], "type": None, "peft": None, "task": task.to_json(),
+            "method": source.adapters[name].meta.get("method"),
             "answer_ids": task.answer_token_ids(source.tokenizer) or [], "scores": {},
         }
         for name, task in source.tasks.items()
@@ -234,6 +252,7 @@ def _write_gguf(
     for name, adapter in source.adapters.items():
         whole, file = fold(adapter, source.shared) if inside else adapter, adapter_file(name)
         own = {**shared, "task": told(adapter.meta["task"]), "recovery": about["recovery"]}
+        own |= {"method": adapter.meta["method"]} if "method" in adapter.meta else {}
         write_lora(scratch / file, architecture, adapter_tensors(whole, architecture, adapter_type), own)
         apply = [file] if inside else [*about["base"]["apply"], file]
         about["adapters"][name] |= {"file": file, "apply": apply, "type": adapter_type}
@@ -283,7 +302,10 @@ def _score(
     examples = encoded(source.tasks, source.tokenizer, source.model.config, tests)
     known = {name: list(own) for name, own in (hits or {}).items() if name in tests}
     left = {name: examples[name] for name in tests if name not in known}
-    known |= torch_hits(source.path, source.paths, left) if left else {}
+    if left and (source.path / REPORT).exists():
+        known |= torch_hits(source.path, source.paths, left)
+    elif left:
+        known |= plain_hits(source.path, source.adapters, source.tasks, source.tokenizer, left)
     tokens: dict[str, dict[str, int]] = {}
     found = {}
     if about["base"]:

@@ -13,12 +13,13 @@ The last two are there with the kind `peft`, the four before with the kind `gguf
     version, versions    of this layout; of the libraries
     architecture         llama.cpp's name of it; null without gguf
     context              most tokens that the model reads
-    base_fingerprint     of the uncompressed base; compressed_fingerprint: of the compressed one
-    recipe               the steps of the compression
+    base_fingerprint     of the uncompressed base; compressed_fingerprint: of the compressed one, the same where nothing was compressed
+    recipe               the steps of the compression; none of an uncompressed base
     recovery             where that of the base is, if it has one: `beside` the adapters, or `inside` each
     files                relative path -> bytes, sha256; of all files but README.md and manifest.json
     base                 file, types (GGUF type -> tensors), rounded (layer -> was, type, error; empty: all exact), apply
     adapters             NAME -> file, apply, type, peft, task (name, prompt, answers, max_tokens, max_new_tokens),
+                         method (what made it: calora, clm_inherited, ... as calora.json has it; lora: a plain LoRA),
                          answer_ids (the token of each answer; none where they are of several or a row's own), scores (by kind; see `calora.device.score`)
 
 `apply` are the LoRA files that have to be on, at scale 1, all others off: of the base alone, or for an adapter. Both GGUF
@@ -71,6 +72,11 @@ def check_file(file: Path, entry: Mapping[str, Any], whole: bool = True) -> None
         raise CaloraError(file, f"{entry['bytes']} bytes", size, FIX)
     if whole and (found := sha256(file)) != entry["sha256"]:
         raise CaloraError(file, f"SHA-256 {entry['sha256']}", found, FIX)
+
+
+def is_compressed(about: Mapping[str, Any]) -> bool:
+    """Whether the base of a manifest.json is another one than the uncompressed base."""
+    return bool(about["compressed_fingerprint"] != about["base_fingerprint"])
 
 
 def check_pair(base: Path, adapter: Path) -> None:

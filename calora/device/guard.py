@@ -1,15 +1,18 @@
-"""What stands before every request: its key, and how large its body may be and how long that may take."""
+"""What stands before every request: whom it means, its key, and how large its body may be and how long that may take."""
 
 from __future__ import annotations
 
 import asyncio
 import hmac
+import re
+from collections.abc import Collection
 
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-OPEN = ("/health",)
+OPEN = frozenset({"/health"})
+PORT = re.compile(rb":\d+$")
 
 
 def problem(status: int, message: str, code: str | None = None, retry: bool = False) -> JSONResponse:
@@ -24,20 +27,38 @@ class Guard:
 
     Args:
         app: the other one.
-        key: that a request has to have as `Authorization: Bearer KEY`, but for /health.
+        key: that a request has to have as `Authorization: Bearer KEY`, but for /health and `public`.
         largest: bytes of a body.
         seconds: that a body may take to arrive.
+        public: paths that need no key.
+        hosts: names that a request may have as `Host`, without a port; None: any. Another one is a site's whose name was made
+            to lead here (DNS rebinding), which the browser takes for that site's own server.
     """
 
-    def __init__(self, app: ASGIApp, key: str, largest: int, seconds: float) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        key: str,
+        largest: int,
+        seconds: float,
+        public: Collection[str] = (),
+        hosts: Collection[str] | None = None,
+    ) -> None:
         self.app, self.key, self.largest, self.seconds = app, f"Bearer {key}".encode(), largest, seconds
+        self.open = OPEN | set(public)
+        self.hosts = None if hosts is None else {host.lower().encode() for host in hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         headers = dict(scope["headers"])
-        if scope["path"] not in OPEN and not hmac.compare_digest(headers.get(b"authorization", b""), self.key):
+        if self.hosts is not None and PORT.sub(b"", headers.get(b"host", b"").lower()) not in self.hosts:
+            refusal = problem(
+                421, f"This server is called {', '.join(sorted(map(bytes.decode, self.hosts)))}", "wrong_host"
+            )
+            return await refusal(scope, receive, send)
+        if scope["path"] not in self.open and not hmac.compare_digest(headers.get(b"authorization", b""), self.key):
             refusal = problem(401, "A wrong API key, or none: send `Authorization: Bearer KEY`", "invalid_api_key")
             return await refusal(scope, receive, send)
         if self._too_large(headers.get(b"content-length", b"")):

@@ -10,6 +10,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from calora.adapters.lora import Adapter, attach_adapter, detach_adapter, set_active
 from calora.compressed import load
 from calora.device.folder import ADAPTERS, BASE, DENSE, PEFT
 from calora.device.llama import Llama
@@ -39,6 +40,24 @@ def torch_hits(base: Path, adapters: Mapping[str, Path], examples: Mapping[str, 
         predictions = predict(model, task, model.calora_tokenizer, examples[name], BATCH, f"{name}: torch")
         found[name] = hits_of(predictions, examples[name])
         model.unload_adapter(name)
+    return found
+
+
+def plain_hits(
+    base: Path,
+    adapters: Mapping[str, Adapter],
+    tasks: Mapping[str, Task],
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Mapping[str, Sequence[Example]],
+) -> Hits:
+    """Of an uncompressed base with plain LoRAs, in torch."""
+    model, found = load_model(base), Hits()
+    for name in examples:
+        attach_adapter(model, adapters[name], name)
+        set_active(model, name)
+        predictions = predict(model, tasks[name], tokenizer, examples[name], BATCH, f"{name}: torch")
+        found[name] = hits_of(predictions, examples[name])
+        detach_adapter(model, name)
     return found
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import os
 import secrets
 import signal
 import socket
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,11 +22,13 @@ from calora.device.engine import LlamaEngine
 from calora.device.folder import MANIFEST
 from calora.device.limits import Limits
 from calora.device.pool import NOTHING, Pool, stamp
+from calora.device.served import check_reference
 from calora.errors import CaloraError, first_line
 
 KEY = "CALORA_API_KEY"  # environment variable
 LOOK = 1.0  # seconds between looks at the folder
 FAREWELL = 5  # seconds that running requests have to end
+LOCAL = ("127.0.0.1", "localhost", "[::1]")  # names of this machine on itself
 
 
 def serve(
@@ -36,6 +39,7 @@ def serve(
     threads: int | None = None,
     memory: float | None = None,
     allowed: Collection[Path] = (),
+    reference: Path | None = None,
 ) -> None:
     """Serve an exported folder until SIGINT or SIGTERM, with the adapters that manifest.json has meanwhile.
 
@@ -47,11 +51,15 @@ def serve(
         threads: of the processor; by default as many as llama.cpp takes.
         memory: MB that adapters may take; None: as many as there are.
         allowed: folders besides the served one of which adapters may be added.
+        reference: an export of the uncompressed base, to compare with, which a second llama.cpp runs.
 
     Raises:
-        CaloraError: the folder is broken or none, a package is missing, or the port is taken.
+        CaloraError: a folder is broken or none, or of another base, a package is missing, or the port is taken.
     """
     catalogue = Catalogue.read(folder)
+    other = Catalogue.read(reference) if reference else None
+    if other:
+        check_reference(catalogue, other)
     given = os.environ.get(KEY)
     if given is not None and (len(given) < 16 or not given.isascii() or not given.isprintable() or " " in given):
         raise CaloraError(
@@ -61,29 +69,33 @@ def serve(
     bound = _bind(host, port)
     with bound:
         limits = replace(limits, context=min(limits.context, catalogue.context))
-        start = partial(LlamaEngine, catalogue.base, context=limits.context, slots=limits.slots, threads=threads)
-        pool = Pool(catalogue, start, limits, memory, allowed)
+        start = partial(LlamaEngine, context=limits.context, slots=limits.slots, threads=threads)
+        pools = [Pool(catalogue, partial(start, catalogue.base), limits, memory, allowed)]
+        pools += [Pool(other, partial(start, other.base), limits)] if other else []
         config = uvicorn.Config(
-            make_app(catalogue, pool.engine, limits, key, pool), log_level="warning", access_log=False, lifespan="off",
+            make_app(pools[0], limits, key, pools[1] if other else None, _names(bound, host)),
+            log_level="warning", access_log=False, lifespan="off",
             server_header=False, timeout_graceful_shutdown=FAREWELL, limit_concurrency=limits.slots + limits.waiting + 64,
         )  # fmt: skip
         # uvicorn ends at these signals, then raises them again; ours make that a normal end.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: None)
-        address = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}/v1"
-        print(f"{folder} on {address}: {', '.join(catalogue.models)}")
-        print(f"API key: {f'as in {KEY}' if given else key}", flush=True)
-        asyncio.run(_run(uvicorn.Server(config), bound, pool))
+        address = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
+        print(f"{folder} on {address}/v1: {', '.join(catalogue.models)}")
+        print(f"API key: {f'as in {KEY}' if given else key}")
+        print(f"to try it: {address}/{'' if given else f'#key={key}'}", flush=True)
+        asyncio.run(_run(uvicorn.Server(config), bound, pools))
     print("ended", flush=True)
 
 
-async def _run(server: uvicorn.Server, bound: socket.socket, pool: Pool) -> None:
-    watch = asyncio.create_task(_watch(pool))
+async def _run(server: uvicorn.Server, bound: socket.socket, pools: Sequence[Pool]) -> None:
+    watch = asyncio.create_task(_watch(pools[0]))
     try:
         await server.serve(sockets=[bound])
     finally:
         watch.cancel()
-        await pool.close()
+        for pool in pools:
+            await pool.close()
 
 
 async def _watch(pool: Pool) -> None:
@@ -100,6 +112,11 @@ async def _watch(pool: Pool) -> None:
                 print(f"now: {', '.join(pool.catalogue.models)}", flush=True)
         except CaloraError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+def _names(bound: socket.socket, host: str) -> tuple[str, ...] | None:
+    """What this server may be called by a request; None, any, where others than this machine may reach it."""
+    return (host, *LOCAL) if ipaddress.ip_address(bound.getsockname()[0]).is_loopback else None
 
 
 def _bind(host: str, port: int) -> socket.socket:
