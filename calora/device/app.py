@@ -21,13 +21,14 @@ from starlette.types import Receive, Scope, Send
 
 from calora.device.bodies import Chat, Classification, Completion
 from calora.device.catalogue import Catalogue, Model, NoSuchModel
-from calora.device.choose import Choice, choose, scored_task
+from calora.device.choose import choose, scored_task
 from calora.device.engine import Engine, Refused
 from calora.device.guard import Guard, problem
 from calora.device.limits import Limits
 from calora.device.queue import AdapterQueue, Full, Late
 from calora.device.translate import Translator
 from calora.errors import CaloraError
+from calora.evaluation.choice import Choice
 from calora.models.tasks import Row, Task
 
 T = TypeVar("T")

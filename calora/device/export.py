@@ -21,6 +21,7 @@ from calora.device import folder as layout
 from calora.device.architecture import Architecture
 from calora.device.blocks import REQUANTISED, count_types
 from calora.device.card import export_card
+from calora.device.catalogue import BASE_NAME
 from calora.device.dense import dtype_of, write_dense
 from calora.device.runtime import library
 from calora.device.score import adapter_file, compared, encoded, llama_hits, peft_hits, torch_hits
@@ -109,10 +110,6 @@ def export(
     source = read_source(Path(base), adapters)
     if unknown := sorted(set(tests or {}) - set(source.adapters)):
         raise CaloraError("tests", f"names among {', '.join(source.adapters)}", unknown[0], "name an adapter")
-    for name in tests or {} if "gguf" in kinds else {}:
-        if source.tasks[name].scored and not source.tasks[name].answer_token_ids(source.tokenizer):
-            expected = "answers of one token each, the same for every row: llama.cpp is asked for the next token"
-            raise CaloraError(f"tests of {name}", expected, "others", "leave its tests out; the score in torch stands")
     with whole_directory(Path(out)) as scratch:
         about = _about(source)
         if "gguf" in kinds:
@@ -120,6 +117,7 @@ def export(
         if "peft" in kinds:
             _write_peft(scratch, about, source, Path(out), recovery == "inside")
         about["files"] = layout.files_of(scratch)
+        write_json(scratch / layout.MANIFEST, about)
         if tests:
             _score(scratch, about, source, tests, hits, draws, seed, threads)
         write_json(scratch / layout.MANIFEST, about)
@@ -154,7 +152,7 @@ def read_source(base: Path, adapters: Mapping[str, str | Path] | Iterable[str | 
     for given, path in named:
         read = read_adapter(path)
         name = given or str(read.meta["task"]["name"])
-        if not re.fullmatch("[A-Za-z0-9_-]+", name) or name in folded:
+        if not re.fullmatch("[A-Za-z0-9_-]+", name) or name in [*folded, BASE_NAME]:
             found = f"{name!r}{', twice' if name in folded else ''}"
             raise CaloraError(
                 f"adapter {path}", "a name of letters, digits, _ and - of its own", found, "name it: NAME=FOLDER"
@@ -251,7 +249,7 @@ def _score(
     tokens: dict[str, dict[str, int]] = {}
     found = {}
     if about["base"]:
-        found["gguf"], tokens = llama_hits(scratch, about, source.tokenizer, examples, tests, threads)
+        found["gguf"], tokens = llama_hits(scratch, source.tasks, source.tokenizer, examples, tests, threads)
     if (scratch / layout.PEFT).exists():
         found["peft"] = peft_hits(scratch, source.tasks, source.tokenizer, examples)
     for kind, by_name in found.items():
