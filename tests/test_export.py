@@ -61,8 +61,11 @@ RECOVER = {"recover": {"rank": 4, "fit": "after", "format": "int8"}}
 llama_cpp = pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
 
 
+END = "<end>"  # a token that ends an answer besides the tokenizer's own
+
+
 def make_tokenizer(folder):
-    """Byte-level BPE, as GPT-2 splits, with one merge and a chat template."""
+    """Byte-level BPE, as GPT-2 splits, with one merge, a special token and a chat template."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate(["<pad>", "</s>", *letters, "Ġg"])}
     tokenizer = Tokenizer(models.BPE(vocabulary, [("Ġ", "g")]))
@@ -70,6 +73,7 @@ def make_tokenizer(folder):
     tokenizer.decoder = token_decoders.ByteLevel()
     made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
     made.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    made.add_special_tokens({"additional_special_tokens": [END]})
     made.save_pretrained(folder)
 
 
@@ -89,8 +93,13 @@ FAMILIES = {
 }
 
 
-def make_base(folder, family="llama", dtype=torch.bfloat16, mute=(), **sizes):
-    """A random model that hardly ever writes the tokens `mute`."""
+def make_base(folder, family="llama", dtype=torch.bfloat16, loud=None, ends=(), **sizes):
+    """A random model.
+
+    Args:
+        loud: token -> factor of its logit.
+        ends: tokens that end an answer besides the tokenizer's own.
+    """
     torch.manual_seed(0)
     model_class, config_class, own = FAMILIES[family]
     model = model_class(config_class(**SIZES | own | sizes))
@@ -102,7 +111,9 @@ def make_base(folder, family="llama", dtype=torch.bfloat16, mute=(), **sizes):
             parameter.data.mul_(12.0 if "q_proj" in name or "k_proj" in name else 3.0)
         else:
             parameter.data.add_(0.3 * torch.randn_like(parameter))
-    model.get_output_embeddings().weight.data[list(mute)] *= 0.05
+    for token, factor in (loud or {}).items():
+        model.get_output_embeddings().weight.data[token] *= factor
+    model.generation_config.eos_token_id = [1, *ends]
     model.to(dtype).save_pretrained(folder)
     make_tokenizer(folder)
     return folder
@@ -621,13 +632,13 @@ def task_rows():
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
-    """(compressed folder, an adapter for each of `TASKS`), all in fp32; nothing but whole characters is written."""
+    """(compressed folder, an adapter for each of `TASKS`), all in fp32; what is written are whole characters, and often ends."""
     folder = tmp_path_factory.mktemp("tasks")
     make_tokenizer(folder)
     vocabulary = load_tokenizer(folder).get_vocab()
-    mute = [index for token, index in vocabulary.items() if not token.isascii() or token == "</s>"]
+    loud = {index: 0.05 for token, index in vocabulary.items() if not token.isascii()} | {vocabulary[END]: 2.0}
     prune = {"prune": {"score": "magnitude", "pattern": "2:4"}}
-    compressed = make_compressed(folder, [prune], dtype=torch.float32, mute=mute)
+    compressed = make_compressed(folder, [prune], dtype=torch.float32, loud=loud, ends=[vocabulary[END]])
     adapters = {
         name: make_adapter(folder / name, compressed, size=0.3, task=task.to_json()) for name, task in TASKS.items()
     }
@@ -662,6 +673,7 @@ def test_llama_cpp_answers_any_task_as_torch_does(tmp_path, tasks):
     for name in adapters:
         llama.set_adapter(name)
         assert llama.answer(rows) == said[name]
+    assert any(0 < len(text) < TASKS["essay"].max_new_tokens for text in said["essay"])  # ended
     llama.close()
 
 
