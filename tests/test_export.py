@@ -36,9 +36,9 @@ from calora.compression.walk import Calibration
 from calora.device.architecture import Architecture
 from calora.device.blocks import NoExactType, as_linear, exact, packed, relative_error, rounded
 from calora.device.engine import LlamaEngine
-from calora.device.entries import read_entries
+from calora.device.entries import check_pair, read_entries
 from calora.device.export import export
-from calora.device.folder import check_pair, read_folder
+from calora.device.folder import read_folder
 from calora.device.llama import Llama
 from calora.device.vocabulary import pretokenizer
 from calora.device.writer import adapter_tensors, write_lora

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from calora.device.folder import check_pair, read_folder
+from calora.device.entries import check_pair
+from calora.device.folder import read_folder
 from calora.errors import CaloraError
 from calora.models.tasks import Task
 

@@ -24,3 +24,11 @@ def read_entries(path: Path) -> dict[str, str]:
         found = " ".join(str(error).split()) or type(error).__name__
         raise CaloraError(path, "a whole GGUF file", found, "export it again") from None
     return {name.removeprefix(MARK): value for name, value in fields.items()}
+
+
+def check_pair(base: Path, adapter: Path) -> None:
+    """Raise `CaloraError` unless two GGUF files were made for each other, by their metadata."""
+    made_for, found = (read_entries(path).get("compressed_fingerprint") for path in (adapter, base))
+    if made_for is None or made_for != found:
+        fix = "use the base that it was made for"
+        raise CaloraError(f"adapter {adapter}", f"its compressed base {made_for}", f"{base}, {found}", fix)

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from calora.adapters.cards import plain_card
 from calora.adapters.fold import fold, of_one_rank, shared_lora
 from calora.adapters.folder import read_adapter, write_adapter
 from calora.adapters.lora import Adapter
-from calora.common.files import whole_directory, write_json, write_text
+from calora.common.files import read_json, whole_directory, write_json, write_text
 from calora.common.versions import versions
 from calora.compressed import stored_form
 from calora.device import folder as layout
@@ -30,6 +30,7 @@ from calora.device.writer import ADAPTER_TYPES, adapter_tensors, base_tensors, t
 from calora.errors import CaloraError
 from calora.models.loading import load_tokenizer
 from calora.models.tasks import Row, Task
+from calora.saving import REPORT
 
 KINDS = ("gguf", "peft")
 PLACES = ("beside", "inside")
@@ -150,24 +151,50 @@ def read_source(base: Path, adapters: Mapping[str, str | Path] | Iterable[str | 
     folded: dict[str, Adapter] = {}
     paths: dict[str, Path] = {}
     for given, path in named:
-        read = read_adapter(path)
-        name = given or str(read.meta["task"]["name"])
+        adapter = read_folded(base, report["fingerprint"], path)
+        name = given or str(adapter.meta["task"]["name"])
         if not re.fullmatch("[A-Za-z0-9_-]+", name) or name in [*folded, BASE_NAME]:
             found = f"{name!r}{', twice' if name in folded else ''}"
             raise CaloraError(
                 f"adapter {path}", "a name of letters, digits, _ and - of its own", found, "name it: NAME=FOLDER"
             )
-        made_for = read.meta["compressed_fingerprint"]
-        if made_for != report["fingerprint"]:
-            found = f"the base {report['fingerprint']} of {base}"
-            raise CaloraError(f"adapter {path}", f"the base that it was made for, {made_for}", found, "name that base")
-        folded[name], paths[name] = fold(read), path
-        if not folded[name].lora:
-            raise CaloraError(
-                f"adapter {path}", "a LoRA or a linear bypass", "neither", "leave it out: it is the base alone"
-            )
-        folded[name].meta = read.meta
+        folded[name], paths[name] = adapter, path
     return Source(base, model, report, load_tokenizer(base), shared_lora(model), folded, paths)
+
+
+def read_folded(base: Path, fingerprint: str, path: Path) -> Adapter:
+    """The LoRA that an adapter of a compressed base (its folder, its fingerprint) folds into, with what its calora.json says."""
+    read = read_adapter(path)
+    made_for = read.meta["compressed_fingerprint"]
+    if made_for != fingerprint:
+        found = f"the base {fingerprint} of {base}"
+        raise CaloraError(f"adapter {path}", f"the base that it was made for, {made_for}", found, "name that base")
+    folded = fold(read)
+    if not folded.lora:
+        raise CaloraError(
+            f"adapter {path}", "a LoRA or a linear bypass", "neither", "leave it out: it is the base alone"
+        )
+    folded.meta = read.meta
+    return folded
+
+
+def export_adapter(base: str | Path, path: str | Path, out: Path) -> Task:
+    """Write the GGUF LoRA of one adapter, for a base.gguf of `base` and beside its recovery; returns its task.
+
+    Raises:
+        CaloraError: as `export`.
+    """
+    report = read_json(Path(base) / REPORT, "name the folder of a compressed model")
+    adapter = read_folded(Path(base), report["fingerprint"], Path(path))
+    architecture = Architecture.of(AutoConfig.from_pretrained(base, local_files_only=True))
+    entries = {"base_fingerprint": report["base_fingerprint"], "compressed_fingerprint": report["fingerprint"]}
+    write_lora(out, architecture, adapter_tensors(adapter, architecture, "BF16"), entries | _task_of(adapter))
+    return Task.from_json(adapter.meta["task"])
+
+
+def _task_of(adapter: Adapter) -> dict[str, str]:
+    """As the metadata of its file has it."""
+    return {"task": told(adapter.meta["task"])}
 
 
 def _about(source: Source) -> dict[str, Any]:
@@ -215,8 +242,8 @@ def _write_gguf(
     (scratch / layout.ADAPTERS).mkdir()
     for name, adapter in source.adapters.items():
         whole, file = fold(adapter, source.shared) if inside else adapter, adapter_file(name)
-        own = {**shared, "task": told(adapter.meta["task"])}
-        write_lora(scratch / file, architecture, adapter_tensors(whole, architecture, adapter_type), own)
+        entries = shared | _task_of(adapter)
+        write_lora(scratch / file, architecture, adapter_tensors(whole, architecture, adapter_type), entries)
         apply = [file] if inside else [*always, file]
         about["adapters"][name] |= {"file": file, "apply": apply, "type": adapter_type}
 

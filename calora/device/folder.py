@@ -30,7 +30,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from calora.common.files import read_json, sha256
-from calora.device.entries import read_entries
 from calora.errors import CaloraError
 
 VERSION = 1
@@ -63,14 +62,6 @@ def read_folder(folder: Path, whole: bool = True) -> dict[str, Any]:
         if whole and (found := sha256(file)) != entry["sha256"]:
             raise CaloraError(file, f"SHA-256 {entry['sha256']}", found, FIX)
     return about
-
-
-def check_pair(base: Path, adapter: Path) -> None:
-    """Raise `CaloraError` unless two GGUF files were made for each other, by their metadata."""
-    made_for, found = (read_entries(path).get("compressed_fingerprint") for path in (adapter, base))
-    if made_for is None or made_for != found:
-        fix = "use the base that it was made for"
-        raise CaloraError(f"adapter {adapter}", f"its compressed base {made_for}", f"{base}, {found}", fix)
 
 
 def files_of(folder: Path) -> dict[str, dict[str, Any]]:

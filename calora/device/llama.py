@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from calora.common.progress import progress
@@ -29,6 +31,8 @@ class Llama:
 
     Args:
         folder: what `calora export` wrote.
+        convert: writes the GGUF LoRA of an adapter's folder for this base (folder, file) and returns its task; without it the
+            adapters are those of the folder.
         context: most tokens of a prompt and its answer.
         slots: texts that are worked on at a time; with one, answers do not depend on what else is asked, to the last bit.
         threads: of the processor; by default as many as llama.cpp takes.
@@ -38,12 +42,56 @@ class Llama:
     """
 
     def __init__(
-        self, folder: str | Path, context: int = Limits.context, slots: int = Limits.slots, threads: int | None = None
+        self,
+        folder: str | Path,
+        convert: Callable[[Path, Path], Task] | None = None,
+        *,
+        context: int = Limits.context,
+        slots: int = Limits.slots,
+        threads: int | None = None,
     ) -> None:
-        self.catalogue = Catalogue.read(Path(folder))
+        self.catalogue, self.convert = Catalogue.read(Path(folder)), convert
         self.context, self.slots, self.threads = min(context, self.catalogue.context), slots, threads
         self.active = BASE_NAME
         self._engine: Engine | None = None
+        self._scratch = TemporaryDirectory(prefix="calora-")  # of converted adapters
+
+    def load_adapter(self, path: str | Path, name: str) -> None:
+        """Load a CA-LoRA adapter folder under `name`; one that is loaded where there is none becomes active.
+
+        llama.cpp reads LoRAs at its start: the next question starts it again.
+
+        Raises:
+            CaloraError: the name is taken, the folder is not an adapter or is another base's, it has no linear form, or the base
+                is an exported folder.
+        """
+        if name in self.catalogue.models:
+            raise CaloraError(
+                "load_adapter", "a name that is free", f"{name!r}, which is taken", "unload_adapter it first"
+            )
+        if self.convert is None:
+            fix = "export it with this adapter too, or load the folder of the compressed model"
+            raise CaloraError(
+                "load_adapter", "the folder of a compressed model", f"the export {self.catalogue.folder}", fix
+            )
+        file = str(Path(self._scratch.name) / f"{len(list(Path(self._scratch.name).iterdir()))}.gguf")
+        model = Model(name, (*self.catalogue[BASE_NAME].apply, file), self.convert(Path(path), Path(file)))
+        self._with({**self.catalogue.models, name: model})
+        if len(self.catalogue.models) == 2:  # the base is one
+            self.set_adapter(name)
+
+    def unload_adapter(self, name: str) -> None:
+        """Take the adapter `name` off; if it was active, none is then."""
+        if name == BASE_NAME or name not in self.catalogue.models:
+            raise CaloraError("unload_adapter", f"one of {self.adapters}", name, "name one that is loaded")
+        self._with({known: model for known, model in self.catalogue.models.items() if known != name})
+        if self.active == name:
+            self.set_adapter(None)
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of those that are loaded."""
+        return [name for name in self.catalogue.models if name != BASE_NAME]
 
     def set_adapter(self, name: str | None) -> None:
         """Switch to the adapter `name`; None uses the compressed model alone.
@@ -54,8 +102,7 @@ class Llama:
         try:
             self.active = self.catalogue[name or BASE_NAME].name
         except NoSuchModel:
-            known = sorted(set(self.catalogue.models) - {BASE_NAME})
-            raise CaloraError("set_adapter", f"one of {known}", name, "name one that the folder has") from None
+            raise CaloraError("set_adapter", f"one of {self.adapters}", name, "load it with load_adapter") from None
 
     def answer(self, texts: Sequence[Text], title: str | None = None) -> list[str]:
         """Answer texts with the active adapter's task: a text, or a mapping with the prompt's columns.
@@ -113,10 +160,14 @@ class Llama:
             _run(self._engine.close())
         self._engine = None
 
+    def _with(self, models: Mapping[str, Model]) -> None:
+        self.close()
+        self.catalogue = replace(self.catalogue, models=models)
+
     def _asked(self) -> tuple[Model, Task]:
         model = self.catalogue[self.active]
         if model.task is None:
-            raise CaloraError("answer", "an active adapter", "none", "call set_adapter first")
+            raise CaloraError("answer", "an active adapter", "none", "call load_adapter and set_adapter first")
         return model, model.task
 
     def _each(self, work: Callable[[Engine, Any], Awaitable[T]], items: Sequence[Any], title: str | None) -> list[T]:

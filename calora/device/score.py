@@ -67,7 +67,7 @@ def llama_hits(
     """Of base.gguf and adapters/NAME.gguf in llama.cpp; and of how many prompts both tokenizers make the same ids."""
     found, tokens = Hits(), dict[str, dict[str, int]]()
     longest = max(_longest(tasks[name], examples[name]) for name in examples)
-    llama = Llama(folder, longest, slots=1, threads=threads)
+    llama = Llama(folder, context=longest, slots=1, threads=threads)
     for name in examples:
         llama.set_adapter(name)
         found[name] = hits_of(_predict(llama, tasks[name], rows[name], f"{name}: llama.cpp"), examples[name])
