@@ -24,7 +24,7 @@ _HOME = {
     "import_adapter": "calora.adapters.teachers",
     "import_lora": "calora.adapters.foreign",
     "inherit": "calora.inheritance.inherit",
-    "load": "calora.compressed",
+    "load": "calora.runtimes",
     "save": "calora.saving",
     "share_ranks": "calora.inheritance.ranks",
 }

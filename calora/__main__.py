@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before it is imported
@@ -98,7 +98,9 @@ def serve(command: argparse.ArgumentParser) -> Act:
         command.add_argument(f"--{name}", type=type(value), default=value, help=f"{help_text} ({value:g})")
 
     def act(chosen: argparse.Namespace) -> None:
-        with _needs_device():
+        from calora.device.runtime import installed
+
+        with installed():
             from calora.device.serve import serve
         limits = Limits(**{name: getattr(chosen, name) for name in own.about()})
         allowed = [Path(place) for place in chosen.allow]
@@ -109,10 +111,16 @@ def serve(command: argparse.ArgumentParser) -> Act:
 
 
 def classify(command: argparse.ArgumentParser) -> Act:
-    """Answer every row of a CSV file with an adapter of an exported folder; started again, it goes on where it ended."""
+    """Answer every row of a CSV file with an adapter; started again, it goes on where it ended."""
+    from calora.runtimes import RUNTIMES
+
     command.add_argument("file", help="CSV with a header")
-    command.add_argument("--folder", required=True, help="what `calora export` wrote")
-    command.add_argument("--adapter", help="its name; not needed where the folder has one that chooses answers")
+    command.add_argument("--folder", required=True, help="a compressed model, or what `calora export` wrote")
+    command.add_argument("--adapter", help="its folder; of an export its name, where more than one chooses answers")
+    command.add_argument(
+        "--runtime", choices=RUNTIMES, default="auto",
+        help="torch, llama (llama.cpp, the one for an export), or auto: the faster one, which is measured once (auto)",
+    )  # fmt: skip
     command.add_argument("--out", help="CSV to write (FILE.classified.csv)")
     command.add_argument(
         "--column", nargs="+", default=[], metavar="NAME=HEADER", help="where a column of the prompt has another header"
@@ -120,13 +128,16 @@ def classify(command: argparse.ArgumentParser) -> Act:
     command.add_argument("--threads", type=int, help="of the processor (llama.cpp's choice)")
 
     def act(chosen: argparse.Namespace) -> int:
-        with _needs_device():
-            from calora.device.table import classify_table
-        file = Path(chosen.file)
+        from calora.device.table import classify_table
+        from calora.runtimes import load, named
+
+        folder, file = Path(chosen.folder), Path(chosen.file)
         out = Path(chosen.out) if chosen.out else file.with_suffix(".classified.csv")
         columns = dict(_pair("--column", text, "text=review") for text in chosen.column)
         try:
-            counts = classify_table(Path(chosen.folder), chosen.adapter, file, out, columns, chosen.threads)
+            adapter, task, identity = named(folder, chosen.adapter)
+            opened = partial(load, folder, adapter, runtime=chosen.runtime, threads=chosen.threads)
+            counts = classify_table(task, [*identity, chosen.runtime], opened, file, out, columns)
         except KeyboardInterrupt:
             print("interrupted: the same command goes on from here", file=sys.stderr)
             return 130
@@ -134,15 +145,6 @@ def classify(command: argparse.ArgumentParser) -> Act:
         return 0
 
     return act
-
-
-@contextmanager
-def _needs_device() -> Iterator[None]:
-    """Around imports of what the extra `device` brings."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise CaloraError(error.name, "the package", "none", "pip install 'calora[device]'") from None
 
 
 def _adapters(texts: Sequence[str]) -> dict[str, str] | list[str]:

@@ -18,14 +18,15 @@ from calora.adapters.prompts import task_of
 from calora.common.files import check_tensors, fingerprint, read_json
 from calora.common.tensors import read_tensors, stored_tensors
 from calora.errors import CaloraError
-from calora.evaluation.predict import predict
+from calora.evaluation.choice import Choice, rows_of
+from calora.evaluation.predict import complete, predict, scores
 from calora.layers.layout import build, prepared
 from calora.layers.onetoken import OneToken
 from calora.layers.precision import compute_in
 from calora.models.anatomy import linear_layers
 from calora.models.loading import attention_of, compute_dtype, load_tokenizer, model_class
 from calora.models.moments import read_together
-from calora.models.tasks import Task, encode_all, positions
+from calora.models.tasks import Example, Task, encode_all, positions
 from calora.models.uniform import uniform, was_conv1d
 from calora.recovery.beside import Sides
 from calora.recovery.shared import unpack
@@ -104,12 +105,34 @@ class Compressed(OneToken, PreTrainedModel):
 
     def answer(self, texts: Sequence[str | Mapping[str, Any]], batch_size: int = 16) -> list[str]:
         """Answer texts with the active adapter's task: a text, or a mapping with the prompt's columns."""
+        task, examples = self._asked(texts)
+        return predict(self, task, self.calora_tokenizer, examples, batch_size).answers
+
+    def choose(self, texts: Sequence[str | Mapping[str, Any]], batch_size: int = 16) -> list[Choice]:
+        """The most probable of each text's answers, and how probable each is.
+
+        Raises:
+            CaloraError: no adapter is active, or its task writes its answers.
+        """
+        task, examples = self._asked(texts)
+        if not task.scored:
+            raise CaloraError(f"choose, task {task.name}", "a task with answers", "one that writes them", "call answer")
+        found = scores(self, task, self.calora_tokenizer, examples, batch_size)
+        return [
+            Choice.of(example.choices, own.softmax(-1).tolist(), len(example.prompt_ids))
+            for example, own in zip(examples, found, strict=True)
+        ]
+
+    def complete(self, prompts: Sequence[str], max_new_tokens: int, batch_size: int = 16) -> list[str]:
+        """What the model writes behind each prompt, greedily, up to an end token."""
+        ids = self.calora_tokenizer(list(prompts)).input_ids
+        return complete(self, self.calora_tokenizer, ids, max_new_tokens, batch_size)
+
+    def _asked(self, texts: Sequence[str | Mapping[str, Any]]) -> tuple[Task, list[Example]]:
         task = self.calora_tasks.get(self.calora_active or "")
         if task is None:
             raise CaloraError("answer", "an active adapter", "none", "call load_adapter and set_adapter first")
-        rows = [{task.columns[0]: text} if isinstance(text, str) else text for text in texts]
-        examples = encode_all(task, self.calora_tokenizer, rows, positions(self.config))
-        return predict(self, task, self.calora_tokenizer, examples, batch_size).answers
+        return task, encode_all(task, self.calora_tokenizer, rows_of(task, texts), positions(self.config))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Compressed:
         """Move, or change the dtype."""

@@ -7,26 +7,21 @@ writes models/export/<task>/<recipe>.
 from __future__ import annotations
 
 from calora.device.export import export
-from calora.models.loading import load_tokenizer
-from stages.common import BASE, adapter, compressed, exported, results, run
+from stages.common import adapter, compressed, exported, results, run
 from stages.config import Params
 from stages.scored import read_scored
-from stages.splits import read_checked, read_task
+from stages.splits import read_checked
 
 
 def main(params: Params, name: str, recipe: str) -> None:
     """One folder; the torch model's answers are those of the score stage."""
     ours = params.evaluate.ours
     path = results(name, recipe, "scores", f"{ours}.json")
-    task, tokenizer = read_task(name), load_tokenizer(BASE)
-    one_token = not task.scored or task.answer_token_ids(tokenizer) is not None
-    if not one_token:
-        print(f"{name}: not scored there, its answers are of several tokens or a row's own: the score in torch stands")
     scored = read_scored(path, f"run `dvc repro score@{name}-{recipe}-{ours}`")[ours]
     about = export(
         compressed(recipe), {name: adapter(ours, name, recipe)}, exported(name, recipe), kinds=params.export.kinds,
         requantise=params.export.requantise, adapter_type=params.export.adapter_type, recovery=params.export.recovery,
-        tests={name: read_checked(name, "test")} if one_token else {}, hits={name: scored.correct}, draws=params.evaluate.draws, seed=params.seed,
+        tests={name: read_checked(name, "test")}, hits={name: scored.correct}, draws=params.evaluate.draws, seed=params.seed,
     )  # fmt: skip
     for kind, score in about["adapters"][name]["scores"].items():
         low, high = score["difference"]["ci"]

@@ -1,7 +1,9 @@
 """Folders for other runtimes: GGUF has the compressed model's numbers to the bit, adapters count as they do in torch, and a wrong folder is noticed."""
 
+import asyncio
 import importlib.util
 import json
+import re
 import shutil
 
 import gguf
@@ -35,9 +37,10 @@ from calora.compression.walk import Calibration
 from calora.device.architecture import Architecture
 from calora.device.blocks import NoExactType, as_linear, exact, packed, relative_error, rounded
 from calora.device.catalogue import Catalogue
-from calora.device.entries import read_entries
+from calora.device.engine import LlamaEngine
+from calora.device.entries import check_pair, read_entries
 from calora.device.export import export
-from calora.device.folder import check_pair, read_folder
+from calora.device.folder import read_folder
 from calora.device.llama import Llama
 from calora.device.vocabulary import pretokenizer
 from calora.device.writer import adapter_tensors, write_lora
@@ -60,8 +63,11 @@ RECOVER = {"recover": {"rank": 4, "fit": "after", "format": "int8"}}
 llama_cpp = pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
 
 
+END = "<end>"  # a token that ends an answer besides the tokenizer's own
+
+
 def make_tokenizer(folder):
-    """Byte-level BPE, as GPT-2 splits, with one merge and a chat template."""
+    """Byte-level BPE, as GPT-2 splits, with one merge, a special token and a chat template."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate(["<pad>", "</s>", *letters, "Ġg"])}
     tokenizer = Tokenizer(models.BPE(vocabulary, [("Ġ", "g")]))
@@ -69,6 +75,7 @@ def make_tokenizer(folder):
     tokenizer.decoder = token_decoders.ByteLevel()
     made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
     made.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    made.add_special_tokens({"additional_special_tokens": [END]})
     made.save_pretrained(folder)
 
 
@@ -88,7 +95,13 @@ FAMILIES = {
 }
 
 
-def make_base(folder, family="llama", dtype=torch.bfloat16, **sizes):
+def make_base(folder, family="llama", dtype=torch.bfloat16, loud=None, ends=(), **sizes):
+    """A random model.
+
+    Args:
+        loud: token -> factor of its logit.
+        ends: tokens that end an answer besides the tokenizer's own.
+    """
     torch.manual_seed(0)
     model_class, config_class, own = FAMILIES[family]
     model = model_class(config_class(**SIZES | own | sizes))
@@ -100,6 +113,9 @@ def make_base(folder, family="llama", dtype=torch.bfloat16, **sizes):
             parameter.data.mul_(12.0 if "q_proj" in name or "k_proj" in name else 3.0)
         else:
             parameter.data.add_(0.3 * torch.randn_like(parameter))
+    for token, factor in (loud or {}).items():
+        model.get_output_embeddings().weight.data[token] *= factor
+    model.generation_config.eos_token_id = [1, *ends]
     model.to(dtype).save_pretrained(folder)
     make_tokenizer(folder)
     return folder
@@ -404,8 +420,9 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path, int8, monkeypatch):
             export(compressed, [folder], out, **options)
     with pytest.raises(CaloraError, match="of its own, found 'toy', twice"):
         export(compressed, [folder, folder], out)
-    with pytest.raises(CaloraError, match=r"found '\.\./x'"):
-        export(compressed, {"../x": folder}, out)
+    for name in ("../x", "base"):
+        with pytest.raises(CaloraError, match=f"found '{re.escape(name)}'"):
+            export(compressed, {name: folder}, out)
     monkeypatch.setattr("calora.device.export.write_lora", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         export(compressed, [folder], out)
@@ -633,10 +650,11 @@ def test_without_xllamacpp_a_score_is_refused_before_any_work(tmp_path, int8, mo
         export(int8[0], [int8[1]], tmp_path / "out", tests={"toy": toy_rows(4, 3)})
 
 
-def probabilities(llama, ids, on):
+def probabilities(engine, ids, on):
     """llama.cpp's log-probabilities of the next token, of the whole vocabulary."""
     only = {"logit_bias": [[70, 100.0]]}  # of a token that is a whole character it tells them; they are without this
-    found = llama.complete(ids, on, 1, n_probs=264, **only)["completion_probabilities"][0]["top_logprobs"]
+    body = {"prompt": ids, "n_predict": 1, "n_probs": 264, "cache_prompt": False, "temperature": 0.0, **only}
+    found = asyncio.run(engine.ask("/completion", body, on))["completion_probabilities"][0]["top_logprobs"]
     by_id = {one["id"]: one["logprob"] for one in found}
     return torch.tensor([by_id[i] for i in range(264)])
 
@@ -648,18 +666,18 @@ def said_by_both(tmp_path, recipe, recovery="beside", **options):
     out = tmp_path / "out"
     about = export(compressed, [folder], out, recovery=recovery, adapter_type="F32")
     files = {*about["base"]["apply"], *about["adapters"]["toy"]["apply"]}
-    llama = Llama(out / "base.gguf", {file: out / file for file in files}, 128, 1)
+    engine = LlamaEngine(out / "base.gguf", {file: out / file for file in files}, 128, 1, 1)
     ours = load(compressed, dense=True, dtype=torch.float32)
     ours.load_adapter(folder, "toy")
     text = "Review: a good film, the plot was great, 1234 times\nSentiment:"
     ids = load_tokenizer(compressed)(text).input_ids
-    assert llama.tokenize(text) == ids
+    assert asyncio.run(engine.tokenize(text)) == ids
     for name, entry in ((None, about["base"]), ("toy", about["adapters"]["toy"])):
         ours.set_adapter(name)
         with torch.no_grad():
             want = ours(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)
-        wrong = probabilities(llama, ids, [] if name else list(files))
-        yield name, want, probabilities(llama, ids, entry["apply"]), wrong
+        wrong = probabilities(engine, ids, [] if name else list(files))
+        yield name, want, probabilities(engine, ids, entry["apply"]), wrong
 
 
 @llama_cpp
@@ -682,6 +700,73 @@ def test_llama_cpp_says_what_torch_says(tmp_path, recipe, recovery):
     for _, want, *others in said_by_both(tmp_path, recipe, recovery):
         close, far = (float((want.exp() * (want - one)).sum()) for one in others)
         assert close < 0.02 and close < 0.1 * far, (close, far)
+
+
+TASKS = {  # answers of a kind are equally long: a random model takes the shortest one else
+    "letters": Task("letters", "Review: {text}", tuple("abcdefgh"), 64, 4),
+    "words": Task("words", "Review: {text}", ("one", "two", "bad", "xyz"), 64, 4),
+    "means": Task("means", "Review: {text}", (" no", " good", " so so"), 64, 4, likelihood="mean"),
+    "parts": Task("parts", "{text}", ("é", "ü", "ß", "ø"), 64, 4),  # a token is a part of a character
+    "copa": Task("copa", "{text}", (" {one}", " {two}"), 64, 4),
+    "listed": Task("listed", "{text}", (" {ends}",), 12, 4),  # prompts are cut
+    "essay": Task("essay", "{text}", (), 64, 6),
+}
+
+
+def task_rows():
+    """Rows that every task of `TASKS` reads."""
+    texts = [str(row["text"]) for row in toy_rows(6, 3)]
+    return [
+        {"text": text, "one": texts[i - 1][:7], "two": texts[i - 2][:7], "ends": [texts[i - j][-5:] for j in (3, 4, 5)]}
+        for i, text in enumerate(texts)
+    ]
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """(compressed folder, an adapter for each of `TASKS`), all in fp32; what is written are whole characters, and often ends."""
+    folder = tmp_path_factory.mktemp("tasks")
+    make_tokenizer(folder)
+    vocabulary = load_tokenizer(folder).get_vocab()
+    loud = {index: 0.05 for token, index in vocabulary.items() if not token.isascii()} | {vocabulary[END]: 2.0}
+    prune = {"prune": {"score": "magnitude", "pattern": "2:4"}}
+    compressed = make_compressed(folder, [prune], dtype=torch.float32, loud=loud, ends=[vocabulary[END]])
+    adapters = {
+        name: make_adapter(folder / name, compressed, size=0.3, task=task.to_json()) for name, task in TASKS.items()
+    }
+    return compressed, adapters
+
+
+def right(task, row, answer):
+    """What a row needs for this answer to be right."""
+    return {"label": [text.strip() for text in task.choices(row)].index(answer)} if task.scored else {"answer": answer}
+
+
+@llama_cpp
+def test_llama_cpp_answers_any_task_as_torch_does(tmp_path, tasks):
+    """By single tokens, by the likelihood of several, of a row's own answers, and in writing."""
+    compressed, adapters = tasks
+    rows = task_rows()
+    ours, said, tests = load(compressed, dense=True), {}, {}
+    for name, folder in adapters.items():
+        ours.load_adapter(folder, name)
+        ours.set_adapter(name)
+        said[name] = ours.answer(rows)
+        tests[name] = [{**row, **right(TASKS[name], row, own)} for row, own in zip(rows, said[name], strict=True)]
+        assert len({row.get("label", row.get("answer")) for row in tests[name]}) > 1, name
+    hits = {name: [1] * len(rows) for name in TASKS}
+    about = export(
+        compressed, adapters, tmp_path / "out", adapter_type="F32", tests=tests, hits=hits, draws=50, threads=1
+    )
+    for name, entry in about["adapters"].items():
+        score = entry["scores"]["gguf"]
+        assert score["changed"] == 0 and score["tokens"] == {"prompts": 6, "same": 6}, name
+    llama = Llama(tmp_path / "out", threads=1)  # several at a time
+    for name in adapters:
+        llama.set_adapter(name)
+        assert llama.answer(rows) == said[name]
+    assert any(0 < len(text) < TASKS["essay"].max_new_tokens for text in said["essay"])  # ended
+    llama.close()
 
 
 @llama_cpp

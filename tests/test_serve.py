@@ -12,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -28,8 +29,9 @@ from calora.device.export import export
 from calora.device.limits import Limits
 from calora.device.pool import Pool
 from calora.device.queue import AdapterQueue, Full, Late
-from calora.device.table import classify_table
+from calora.device.table import classify_table, of_export
 from calora.errors import CaloraError
+from calora.evaluation.choice import Choice
 from calora.models.loading import load_tokenizer
 from calora.models.tasks import Task
 from tests import test_export as exported
@@ -610,74 +612,96 @@ def test_a_long_prompt_is_cut_as_torch_cuts_it(llama, length):
 # A table
 
 
+class Chooser:
+    """A model that always chooses the second answer, and remembers what it was asked."""
+
+    def __init__(self, task):
+        self.task, self.asked, self.broken = task, [], None
+
+    def choose(self, rows):
+        if self.broken and len(self.asked) >= self.broken:
+            raise KeyboardInterrupt
+        self.asked += rows
+        return [Choice.of(self.task.choices(row), [0.25, 0.75], 1) for row in rows]
+
+
 @pytest.fixture
 def table(tmp_path, monkeypatch):
-    """(file, out, a function that classifies it, the fake runtime)."""
-    monkeypatch.setattr(
-        Catalogue, "read", classmethod(lambda _, folder: Catalogue(tmp_path, tmp_path / "b", 128, MODELS))
-    )
-    for name in ("b", "recovery.gguf", "adapters/movies.gguf", "adapters/pairs.gguf"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(name)
-    file, out, engine = tmp_path / "in.csv", tmp_path / "out.csv", Fake()
+    """(file, out, a function that classifies it, the model)."""
+    monkeypatch.setattr("calora.device.table.CHUNK", 4)
+    file, out, model = tmp_path / "in.csv", tmp_path / "out.csv", Chooser(MOVIES)
     file.write_text("id,review\n" + "".join(f'{number},"text, {number}"\n' for number in range(10)))
 
-    def run(adapter="movies", columns=None, **options):
+    def run(task=MOVIES, columns=None, identity=("base",)):
         columns = {"text": "review"} if columns is None else columns
-        return classify_table(tmp_path, adapter, file, out, columns, start=lambda *_: engine, **options)
+        return classify_table(task, identity, lambda: model, file, out, columns)
 
-    return file, out, run, engine
+    return file, out, run, model
 
 
 def test_a_table_gets_labels(table):
-    _, out, run, engine = table
-    assert run() == {"bad": 10}
+    _, out, run, model = table
+    assert run() == {"good": 10} and len(model.asked) == 10
     lines = out.read_text().splitlines()
-    assert lines[0] == "id,review,label,probability" and lines[3].startswith('2,"text, 2",')
-    assert engine.closed == 1 and [one.name for one in out.parent.glob(".*")] == []
+    assert lines[0] == "id,review,label,probability" and lines[3] == '2,"text, 2",good,0.75'
+    assert [one.name for one in out.parent.glob(".*")] == []
 
 
 def test_a_table_goes_on_where_it_was_stopped(table):
-    _, out, run, engine = table
-    work = Fake.ask
-
-    async def ask(path, body, on):
-        if len(engine.asked) == 40:  # five answers of 4 tokens a row: in the second four rows
-            raise KeyboardInterrupt
-        return await work(engine, path, body, on)
-
-    engine.ask = ask
+    _, out, run, model = table
+    model.broken = 4
     with pytest.raises(KeyboardInterrupt):
         run()
     (partial,) = out.parent.glob(".out.csv.*.partial")
     assert len(partial.read_text().splitlines()) == 4 and not out.exists()
     with partial.open("a") as stream:
         stream.write('{"label": "go')  # a line that was cut
-    before, engine.ask = len(engine.asked), lambda *args: work(engine, *args)
+    model.broken = None
     run()
-    prompts = {bytes(body["prompt"][1:14]) for _, body, _ in engine.asked[before:]}
     assert len(out.read_text().splitlines()) == 11 and not partial.exists()
-    rows = {re.search(rb"text, (\d)", bytes(body["prompt"][1:])) for _, body, _ in engine.asked[before:]}
-    assert {int(found[1]) for found in rows if found} <= set(range(4, 10)) and prompts
+    assert [row["text"] for row in model.asked] == [f"text, {number}" for number in range(10)]
+
+
+def test_another_base_starts_a_table_anew(table):
+    _, _, run, model = table
+    model.broken = 4
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    model.broken = None
+    run(identity=("another",))
+    assert len(model.asked) == 14
 
 
 @pytest.mark.parametrize(
     ("content", "options", "message"),
     [
         (None, {"columns": {}}, "--column text=HEADER"), (None, {"columns": {"film": "review"}}, "columns of the prompt"),
-        (None, {"adapter": "film"}, "one of movies, pairs"), (None, {"adapter": None}, "movies, pairs"),
-        (None, {"adapter": "essay"}, "answers are written"), ("id,review\n", {}, "a header and a row"),
+        (None, {"task": ESSAY}, "written ones"), ("id,review\n", {}, "a header and a row"),
         ("id,review\n1,good\n2\n", {}, "row 2: expected 2 fields"), ("id,review\n1,good\n2,\n", {}, "row 2"),
         ("id,id\n1,2\n", {}, "twice"), (b"id,review\n1,\xff\n", {}, "UTF-8"),
     ],
 )  # fmt: skip
 def test_a_wrong_table_is_said_before_any_work(table, content, options, message):
-    file, out, run, engine = table
+    file, out, run, model = table
     if content is not None:
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(CaloraError, match=re.escape(message)) as told:
         run(**options)
-    assert not engine.asked and not out.exists() and "\n" not in str(told.value)
+    assert not model.asked and not out.exists() and "\n" not in str(told.value)
+
+
+def test_the_adapter_of_a_folder_is_named_or_the_only_one(monkeypatch):
+    monkeypatch.setattr(Catalogue, "read", classmethod(lambda *_: CATALOGUE))
+    monkeypatch.setattr("calora.device.table.sha256", str)
+    name, task, identity = of_export(Path("out"), "pairs")
+    assert (name, task) == ("pairs", PAIRS)
+    assert identity == ["out/base.gguf", "out/recovery.gguf", "out/adapters/pairs.gguf"]
+    for adapter, said in (("film", "one of movies, pairs"), (None, "movies, pairs"), ("essay", "answers are written")):
+        with pytest.raises(CaloraError, match=re.escape(said)):
+            of_export(Path("out"), adapter)
+    only = replace(CATALOGUE, models={name: MODELS[name] for name in ("base", "movies", "essay")})
+    monkeypatch.setattr(Catalogue, "read", classmethod(lambda *_: only))
+    assert of_export(Path("out"), None)[0] == "movies"
 
 
 # Real folders
@@ -757,7 +781,7 @@ def test_other_mistakes_at_the_start(copied, monkeypatch, capsys, tmp_path):
 
 
 def test_serving_needs_no_torch():
-    code = "import calora.device.serve, calora.device.table, sys; sys.exit('torch' in sys.modules)"
+    code = "import calora.device.serve, calora.device.llama, calora.device.table, calora.runtimes, sys; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
 
 

@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from calora.device.bodies import Addition, Chat, Classification, Completion, Removal
 from calora.device.catalogue import Model, NoSuchModel
-from calora.device.choose import Choice, choose, scored_task
+from calora.device.choose import choose, scored_task
 from calora.device.engine import Refused
 from calora.device.guard import Guard, problem
 from calora.device.limits import Limits
@@ -31,6 +31,7 @@ from calora.device.served import REFERENCE, Models, OutOfTime, Served
 from calora.device.static import PATHS, add_page
 from calora.device.translate import Translator
 from calora.errors import CaloraError
+from calora.evaluation.choice import Choice
 from calora.models.tasks import Row, Task
 
 T = TypeVar("T")

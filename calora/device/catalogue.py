@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calora.device.entries import read_entries
-from calora.device.folder import NAME, check_file, check_made_for, read_folder
+from calora.device.entries import check_made_for, read_entries
+from calora.device.folder import NAME, check_file, read_folder
 from calora.errors import CaloraError
 from calora.models.tasks import Task
 

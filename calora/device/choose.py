@@ -1,36 +1,22 @@
-"""Which of a task's answers a row gets, and how probable each is, from a runtime that only writes tokens."""
+"""Which of a task's answers a row gets, and how probable each is, or what is written, from a runtime that only writes tokens."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from calora.device.catalogue import Model
 from calora.device.engine import Engine
 from calora.device.runtime import ONLY
 from calora.errors import CaloraError
+from calora.evaluation.choice import Choice
 from calora.models.tasks import Row, Task
 
 PLAINLY = {"temperature": 1.0, "samplers": ["temperature"], "seed": 0, "n_predict": 1, "cache_prompt": True}
-
-
-@dataclass(frozen=True)
-class Choice:
-    """An answer to a row.
-
-    Args:
-        answer: the most probable one.
-        probabilities: of each answer of the row, among these; their sum is 1.
-        answers: of the row, in label order.
-        tokens: of the prompt.
-    """
-
-    answer: str
-    probabilities: list[float]
-    answers: list[str]
-    tokens: int
+GREEDILY = {"temperature": 0.0, "cache_prompt": True}
+WHOLE = "a"  # a character of which every tokenizer has a token
+ALL = 2**31 - 1  # more tokens than any vocabulary has
 
 
 def scored_task(model: Model) -> Task:
@@ -69,17 +55,27 @@ async def choose(engine: Engine, model: Model, row: Row, context: int, cached: b
     longest = min(task.max_tokens, context - max(map(len, answers)))
     prompt = await prompt_ids(engine, task.render(row), longest)
     singles = [ids[0] for ids in answers]
+    found = None
     if all(len(ids) == 1 for ids in answers) and len(set(singles)) == len(singles):
         found = await _of_one_token(engine, model, prompt, singles, cached)
-    else:
+    if found is None:
         found = softmax(
             [
                 await _likelihood(engine, model, task, prompt, ids, cached or number > 0)
                 for number, ids in enumerate(answers)
             ]
         )
-    best = max(range(len(found)), key=found.__getitem__)
-    return Choice(texts[best].strip(), found, [text.strip() for text in texts], len(prompt))
+    return Choice.of(texts, found, len(prompt))
+
+
+async def write(engine: Engine, model: Model, prompt: Sequence[int], tokens: int) -> str:
+    """What is written behind a prompt, greedily.
+
+    Args:
+        tokens: the most that are written.
+    """
+    said = await engine.ask("/completion", {**GREEDILY, "prompt": list(prompt), "n_predict": tokens}, model.apply)
+    return str(said["content"])
 
 
 async def prompt_ids(engine: Engine, text: str, longest: int) -> list[int]:
@@ -98,13 +94,15 @@ async def prompt_ids(engine: Engine, text: str, longest: int) -> list[int]:
 
 async def _of_one_token(
     engine: Engine, model: Model, prompt: Sequence[int], ids: Sequence[int], cached: bool
-) -> list[float]:
-    """One pass: the answers' logits are raised alike, so that what is left of the distribution is theirs."""
+) -> list[float] | None:
+    """One pass: the answers' logits are raised alike, so that what is left of the distribution is theirs; None where
+    llama.cpp does not tell."""
     bias = [[token, ONLY] for token in ids]
     asked = {**PLAINLY, "prompt": list(prompt), "logit_bias": bias, "n_probs": len(ids), "post_sampling_probs": True}
-    asked["cache_prompt"] = cached
-    said = await engine.ask("/completion", asked, model.apply)
-    found = {one["id"]: float(one["prob"]) for one in _of_first(said)["top_probs"]}
+    told = _of_first(await engine.ask("/completion", {**asked, "cache_prompt": cached}, model.apply))
+    if told is None:
+        return None
+    found = {one["id"]: float(one["prob"]) for one in told["top_probs"]}
     total = sum(found.get(token, 0.0) for token in ids)
     return [found.get(token, 0.0) / total for token in ids]
 
@@ -113,22 +111,31 @@ async def _likelihood(
     engine: Engine, model: Model, task: Task, prompt: Sequence[int], ids: Sequence[int], cached: bool
 ) -> float:
     """A pass for each token of an answer; the one before is in the cache."""
-    logs = []
-    for place, token in enumerate(ids):
-        asked = {"prompt": [*prompt, *ids[:place]], "logit_bias": [[token, ONLY]], "n_probs": 1}
-        asked["cache_prompt"] = cached or place > 0
-        said = await engine.ask("/completion", {**PLAINLY, **asked}, model.apply)
-        logs.append(float(_of_first(said)["logprob"]))  # before the bias
+    logs = [
+        await _log_probability(engine, model, [*prompt, *ids[:place]], token, cached or place > 0)
+        for place, token in enumerate(ids)
+    ]
     return sum(logs) / (len(logs) if task.likelihood == "mean" else 1)
 
 
-def _of_first(said: Mapping[str, Any]) -> dict[str, Any]:
-    """What llama.cpp tells of the first token; of half a character it tells nothing."""
+async def _log_probability(engine: Engine, model: Model, before: Sequence[int], token: int, cached: bool) -> float:
+    """Of a token behind others, as it was before the bias."""
+    asked = {**PLAINLY, "prompt": list(before), "cache_prompt": cached}
+    body = {**asked, "logit_bias": [[token, ONLY]], "n_probs": 1}
+    told = _of_first(await engine.ask("/completion", body, model.apply))
+    if told is not None:
+        return float(told["logprob"])
+    whole = (await engine.tokenize(WHOLE, special=False))[0]  # beside which those of all tokens are told
+    body = {**asked, "logit_bias": [[whole, ONLY]], "n_probs": ALL}
+    told = _of_first(await engine.ask("/completion", body, model.apply))
+    assert told is not None
+    return next(float(one["logprob"]) for one in told["top_logprobs"] if one["id"] == token)
+
+
+def _of_first(said: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What llama.cpp tells of the token that it has written; nothing of one that is a part of a character."""
     told: list[dict[str, Any]] = said.get("completion_probabilities") or []
-    if not told:
-        fix = "choose other answers, or `calora.load`"
-        raise CaloraError("an answer", "tokens of whole characters", "a part of one", fix)
-    return told[0]
+    return told[0] if told else None
 
 
 def softmax(values: Sequence[float]) -> list[float]:

@@ -24,3 +24,16 @@ def read_entries(path: Path) -> dict[str, str]:
         found = " ".join(str(error).split()) or type(error).__name__
         raise CaloraError(path, "a whole GGUF file", found, "export it again") from None
     return {name.removeprefix(MARK): value for name, value in fields.items()}
+
+
+def check_pair(base: Path, adapter: Path) -> None:
+    """Raise `CaloraError` unless two GGUF files were made for each other, by their metadata."""
+    check_made_for(adapter, read_entries(base).get("compressed_fingerprint"), base)
+
+
+def check_made_for(adapter: Path, fingerprint: str | None, base: Path) -> None:
+    """Raise `CaloraError` unless a GGUF file is an adapter of the compressed base `base`, which has this fingerprint."""
+    made_for = read_entries(adapter).get("compressed_fingerprint")
+    if made_for is None or made_for != fingerprint:
+        fix = "use the base that it was made for"
+        raise CaloraError(f"adapter {adapter}", f"its compressed base {made_for}", f"{base}, {fingerprint}", fix)

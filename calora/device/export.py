@@ -8,19 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from calora.adapters.cards import plain_card
 from calora.adapters.fold import fold, of_one_rank, shared_lora
 from calora.adapters.folder import read_adapter, write_adapter
 from calora.adapters.lora import Adapter
-from calora.common.files import extended_directory, whole_directory, write_json, write_text
+from calora.common.files import extended_directory, read_json, whole_directory, write_json, write_text
 from calora.common.versions import versions
 from calora.compressed import stored_form
 from calora.device import folder as layout
 from calora.device.architecture import Architecture
 from calora.device.blocks import REQUANTISED, count_types
 from calora.device.card import export_card
+from calora.device.catalogue import BASE_NAME
 from calora.device.dense import dtype_of, write_dense
 from calora.device.plain import read_plain, read_uncompressed
 from calora.device.runtime import library
@@ -121,10 +122,6 @@ def export(
     source = read_source(Path(base), adapters, tasks or {})
     if unknown := sorted(set(tests or {}) - set(source.adapters)):
         raise CaloraError("tests", f"names among {', '.join(source.adapters)}", unknown[0], "name an adapter")
-    for name in tests or {} if "gguf" in kinds else {}:
-        if source.tasks[name].scored and not source.tasks[name].answer_token_ids(source.tokenizer):
-            expected = "answers of one token each, the same for every row: llama.cpp is asked for the next token"
-            raise CaloraError(f"tests of {name}", expected, "others", "leave its tests out; the score in torch stands")
     with extended_directory(out, layout.MANIFEST) if there else whole_directory(out) as scratch:
         about = _extended(there, source, out) if there else _about(source, recovery)
         if "gguf" in kinds:
@@ -132,6 +129,7 @@ def export(
         if "peft" in kinds:
             _write_peft(scratch, about, source, out)
         about["files"] = layout.files_of(scratch, about["files"])
+        write_json(scratch / layout.MANIFEST, about)
         if tests:
             _score(scratch, about, source, tests, hits, draws, seed, threads)
         write_json(scratch / layout.MANIFEST, about)
@@ -167,19 +165,18 @@ def read_source(
     folded: dict[str, Adapter] = {}
     paths: dict[str, Path] = {}
     for given, path in named:
-        read = _read_compressed(path, base, report) if compressed else read_plain(path, given, model, tasks)
-        name = given or (str(read.meta["task"]["name"]) if compressed else path.name)
-        if not re.fullmatch(layout.NAME, name) or name in folded:
+        adapter = (
+            read_folded(base, report["fingerprint"], path)
+            if compressed
+            else _folded(read_plain(path, given, model, tasks), path)
+        )
+        name = given or (str(adapter.meta["task"]["name"]) if compressed else path.name)
+        if not re.fullmatch(layout.NAME, name) or name in [*folded, BASE_NAME]:
             found = f"{name!r}{', twice' if name in folded else ''}"
             raise CaloraError(
                 f"adapter {path}", "a name of letters, digits, _ and - of its own", found, "name it: NAME=FOLDER"
             )
-        folded[name], paths[name] = fold(read), path
-        if not folded[name].lora:
-            raise CaloraError(
-                f"adapter {path}", "a LoRA or a linear bypass", "neither", "leave it out: it is the base alone"
-            )
-        folded[name].meta = read.meta
+        folded[name], paths[name] = adapter, path
     if unknown := sorted(set(tasks) - (set() if compressed else set(folded))):
         raise CaloraError(
             "tasks", "names of plain LoRAs", unknown[0], "leave it out: the adapter's folder says its task"
@@ -187,14 +184,44 @@ def read_source(
     return Source(base, model, report, load_tokenizer(base), shared_lora(model), folded, paths)
 
 
-def _read_compressed(path: Path, base: Path, report: Mapping[str, Any]) -> Adapter:
-    """An adapter of a compressed base."""
+def read_folded(base: Path, fingerprint: str, path: Path) -> Adapter:
+    """The LoRA that an adapter of a compressed base (its folder, its fingerprint) folds into, with what its calora.json says."""
     read = read_adapter(path)
     made_for = read.meta["compressed_fingerprint"]
-    if made_for != report["fingerprint"]:
-        found = f"the base {report['fingerprint']} of {base}"
+    if made_for != fingerprint:
+        found = f"the base {fingerprint} of {base}"
         raise CaloraError(f"adapter {path}", f"the base that it was made for, {made_for}", found, "name that base")
-    return read
+    return _folded(read, path)
+
+
+def _folded(read: Adapter, path: Path) -> Adapter:
+    folded = fold(read)
+    if not folded.lora:
+        raise CaloraError(
+            f"adapter {path}", "a LoRA or a linear bypass", "neither", "leave it out: it is the base alone"
+        )
+    folded.meta = read.meta
+    return folded
+
+
+def export_adapter(base: str | Path, path: str | Path, out: Path) -> Task:
+    """Write the GGUF LoRA of one adapter, for a base.gguf of `base` and beside its recovery; returns its task.
+
+    Raises:
+        CaloraError: as `export`.
+    """
+    report = read_json(Path(base) / REPORT, "name the folder of a compressed model")
+    adapter = read_folded(Path(base), report["fingerprint"], Path(path))
+    architecture = Architecture.of(AutoConfig.from_pretrained(base, local_files_only=True))
+    entries = {"base_fingerprint": report["base_fingerprint"], "compressed_fingerprint": report["fingerprint"]}
+    write_lora(out, architecture, adapter_tensors(adapter, architecture, "BF16"), entries | _told_of(adapter, "beside"))
+    return Task.from_json(adapter.meta["task"])
+
+
+def _told_of(adapter: Adapter, recovery: str) -> dict[str, str]:
+    """What the metadata of its file says."""
+    method = {"method": adapter.meta["method"]} if "method" in adapter.meta else {}
+    return {"task": told(adapter.meta["task"]), "recovery": recovery, **method}
 
 
 def _kinds(about: Mapping[str, Any]) -> list[str]:
@@ -251,8 +278,7 @@ def _write_gguf(
     (scratch / layout.ADAPTERS).mkdir(exist_ok=True)
     for name, adapter in source.adapters.items():
         whole, file = fold(adapter, source.shared) if inside else adapter, adapter_file(name)
-        own = {**shared, "task": told(adapter.meta["task"]), "recovery": about["recovery"]}
-        own |= {"method": adapter.meta["method"]} if "method" in adapter.meta else {}
+        own = shared | _told_of(adapter, about["recovery"])
         write_lora(scratch / file, architecture, adapter_tensors(whole, architecture, adapter_type), own)
         apply = [file] if inside else [*about["base"]["apply"], file]
         about["adapters"][name] |= {"file": file, "apply": apply, "type": adapter_type}
@@ -309,7 +335,7 @@ def _score(
     tokens: dict[str, dict[str, int]] = {}
     found = {}
     if about["base"]:
-        found["gguf"], tokens = llama_hits(scratch, about, source.tokenizer, examples, tests, threads)
+        found["gguf"], tokens = llama_hits(scratch, source.tasks, source.tokenizer, examples, tests, threads)
     if (scratch / layout.PEFT).exists():
         found["peft"] = peft_hits(scratch, source.tasks, source.tokenizer, examples)
     for kind, by_name in found.items():

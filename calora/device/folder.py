@@ -34,7 +34,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from calora.common.files import read_json, sha256
-from calora.device.entries import read_entries
 from calora.errors import CaloraError
 
 VERSION = 1
@@ -77,19 +76,6 @@ def check_file(file: Path, entry: Mapping[str, Any], whole: bool = True) -> None
 def is_compressed(about: Mapping[str, Any]) -> bool:
     """Whether the base of a manifest.json is another one than the uncompressed base."""
     return bool(about["compressed_fingerprint"] != about["base_fingerprint"])
-
-
-def check_pair(base: Path, adapter: Path) -> None:
-    """Raise `CaloraError` unless two GGUF files were made for each other, by their metadata."""
-    check_made_for(adapter, read_entries(base).get("compressed_fingerprint"), base)
-
-
-def check_made_for(adapter: Path, fingerprint: str | None, base: Path) -> None:
-    """Raise `CaloraError` unless a GGUF file is an adapter of the compressed base `base`, which has this fingerprint."""
-    made_for = read_entries(adapter).get("compressed_fingerprint")
-    if made_for is None or made_for != fingerprint:
-        fix = "use the base that it was made for"
-        raise CaloraError(f"adapter {adapter}", f"its compressed base {made_for}", f"{base}, {fingerprint}", fix)
 
 
 def files_of(folder: Path, known: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,15 @@ from calora.errors import CaloraError, first_line
 
 ONLY = 100.0  # added to the logits of a task's answers, so that one of them has the highest
 INSTALL = "pip install 'calora[device]'"
+
+
+@contextmanager
+def installed() -> Iterator[None]:
+    """Around imports of what the extra `device` brings."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise CaloraError(error.name, "the package", "none", INSTALL) from None
 
 
 def library() -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from calora.adapters.lora import Adapter, attach_adapter, detach_adapter, set_active
 from calora.compressed import load
-from calora.device.folder import ADAPTERS, BASE, DENSE, PEFT
+from calora.device.folder import ADAPTERS, DENSE, PEFT
 from calora.device.llama import Llama
 from calora.errors import CaloraError
 from calora.evaluation.predict import Predictions, correct, predict
@@ -78,7 +77,7 @@ def peft_hits(
 
 def llama_hits(
     folder: Path,
-    about: Mapping[str, Any],
+    tasks: Mapping[str, Task],
     tokenizer: PreTrainedTokenizerBase,
     examples: Mapping[str, Sequence[Example]],
     rows: Mapping[str, Sequence[Row]],
@@ -86,19 +85,30 @@ def llama_hits(
 ) -> tuple[Hits, dict[str, dict[str, int]]]:
     """Of base.gguf and adapters/NAME.gguf in llama.cpp; and of how many prompts both tokenizers make the same ids."""
     found, tokens = Hits(), dict[str, dict[str, int]]()
+    longest = max(_longest(tasks[name], examples[name]) for name in examples)
+    llama = Llama(folder, context=longest, slots=1, threads=threads)
     for name in examples:
-        entry = about["adapters"][name]
-        task = Task.from_json(entry["task"])
-        longest = max(len(example.prompt_ids) for example in examples[name]) + task.max_new_tokens + 1
-        llama = Llama(folder / BASE, {file: folder / file for file in entry["apply"]}, longest, threads)
-        predictions = llama.predict(task, entry["answer_ids"], examples[name], entry["apply"], f"{name}: llama.cpp")
-        found[name] = hits_of(predictions, examples[name])
-        prompts = [task.render(row) for row in rows[name][:PROMPTS]]
-        same = sum(llama.tokenize(prompt) == tokenizer(prompt).input_ids for prompt in prompts)
+        llama.set_adapter(name)
+        found[name] = hits_of(_predict(llama, tasks[name], rows[name], f"{name}: llama.cpp"), examples[name])
+        prompts = [tasks[name].render(row) for row in rows[name][:PROMPTS]]
+        same = sum(a == b for a, b in zip(llama.tokenize(prompts), tokenizer(prompts).input_ids, strict=True))
         tokens[name] = {"prompts": len(prompts), "same": same}
-        del llama
-        gc.collect()  # its server ends with it
+    llama.close()
     return found, tokens
+
+
+def _longest(task: Task, examples: Sequence[Example]) -> int:
+    """Most tokens that a prompt and its answer may have."""
+    answer = max(len(ids) for example in examples for ids in example.choice_ids or [[0]])
+    return task.max_tokens + (answer if task.scored else task.max_new_tokens)
+
+
+def _predict(llama: Llama, task: Task, rows: Sequence[Row], title: str) -> Predictions:
+    """As `calora.evaluation.predict`, by llama.cpp, its own tokenizer included."""
+    if not task.scored:
+        return Predictions(llama.answer(rows, title), [-1] * len(rows))
+    choices = llama.choose(rows, title)
+    return Predictions([choice.answer for choice in choices], [choice.label for choice in choices])
 
 
 def compared(ours: Sequence[int], torch: Sequence[int], draws: int, seed: int) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import csv
 import hashlib
 import io
@@ -10,69 +9,65 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from calora.common.files import sha256, write_text
 from calora.common.progress import progress
 from calora.device.catalogue import BASE_NAME, Catalogue, Model, NoSuchModel
-from calora.device.choose import choose, scored_task
-from calora.device.engine import Engine, LlamaEngine
-from calora.device.limits import Limits
+from calora.device.choose import scored_task
 from calora.errors import CaloraError
+from calora.evaluation.choice import Choice
+from calora.models.tasks import Row, Task
 
 LABEL, PROBABILITY = "label", "probability"  # columns that are added, or replaced
-Start = Callable[[Catalogue, int, int], Engine]  # of (catalogue, context, slots)
+CHUNK = 32  # rows that are answered together; what is done of them is lost in an interruption
+
+
+class Chooser(Protocol):
+    """A model with an active adapter."""
+
+    def choose(self, texts: Sequence[Row]) -> list[Choice]:
+        """An answer to each row."""
 
 
 def classify_table(
-    folder: Path,
-    adapter: str | None,
+    task: Task,
+    identity: Sequence[str],
+    opened: Callable[[], Chooser],
     file: Path,
     out: Path,
     columns: Mapping[str, str],
-    threads: int | None = None,
-    start: Start | None = None,
 ) -> dict[str, int]:
     """Write a CSV file with the rows of another one, the answer to each, and its probability.
 
     What is done is kept in a hidden file beside `out` until all is; the same call goes on from there.
 
     Args:
-        folder: what `calora export` wrote.
-        adapter: its name; None: the only one that chooses among answers.
+        task: of the adapter.
+        identity: what tells this base and adapter from others.
+        opened: opens the model, with the adapter active.
         file: CSV in UTF-8, with a header.
         out: the file to write.
         columns: column of the prompt -> its header in the file, where that is another one.
-        threads: of llama.cpp.
-        start: makes the runtime.
 
     Returns:
         How often each answer was given.
 
     Raises:
-        CaloraError: the folder, the adapter, or a row is not what it should be.
+        CaloraError: the task or a row is not what it should be.
     """
-    catalogue = Catalogue.read(folder)
-    model = _chosen(catalogue, adapter)
     header, table = read_table(file)
-    rows = _rows(model, file, header, table, columns)
+    rows = _rows(task, file, header, table, columns)
     if out.exists() and out.samefile(file):
         raise CaloraError(out, "another file than the one that is read", "the same", "name another --out")
     if not out.parent.is_dir():
         raise CaloraError(out, "a folder that exists", "none", "make it, or name another --out")
-    same = [sha256(file), *(sha256(catalogue.folder / name) for name in [catalogue.base.name, *model.apply]), columns]
-    mark = hashlib.sha256(json.dumps([*same, model.name], sort_keys=True).encode()).hexdigest()[:12]
+    same = [sha256(file), *identity, columns, task.to_json()]
+    mark = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:12]
     partial = out.with_name(f".{out.name}.{mark}.partial")  # another input, adapter or export has another one
     done = _done(partial)
     if len(done) < len(rows):
-        limits = Limits()
-        context = min(limits.context, catalogue.context)
-        engine = (
-            start(catalogue, context, limits.slots)
-            if start
-            else LlamaEngine(catalogue.base, catalogue.loras, context, limits.slots, threads)
-        )
-        asyncio.run(_answer(engine, model, rows, done, partial, context, limits.slots))
+        _answer(opened(), task.name, rows, done, partial)
     write_text(out, _text(header, table, done))
     partial.unlink(missing_ok=True)
     return dict(Counter(one[LABEL] for one in done))
@@ -97,6 +92,18 @@ def read_table(file: Path) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
+def of_export(folder: Path, adapter: str | None) -> tuple[str, Task, list[str]]:
+    """An adapter of an exported folder, by name (None: the only one that chooses among answers), its task, and its identity.
+
+    Raises:
+        CaloraError: the folder is none, or has no such adapter.
+    """
+    catalogue = Catalogue.read(folder)
+    model = _chosen(catalogue, adapter)
+    files = [catalogue.base.name, *model.apply]
+    return model.name, scored_task(model), [sha256(folder / name) for name in files]
+
+
 def _chosen(catalogue: Catalogue, adapter: str | None) -> Model:
     fit = [name for name, model in catalogue.models.items() if model.task and model.task.scored]
     fix = "name one: --adapter NAME"
@@ -107,18 +114,16 @@ def _chosen(catalogue: Catalogue, adapter: str | None) -> Model:
     except NoSuchModel:
         known = ", ".join(name for name in catalogue.models if name != BASE_NAME)
         raise CaloraError("--adapter", f"one of {known}", adapter, fix) from None
-    scored_task(model)
     return model
 
 
 def _rows(
-    model: Model, file: Path, header: Sequence[str], table: Sequence[Sequence[str]], columns: Mapping[str, str]
+    task: Task, file: Path, header: Sequence[str], table: Sequence[Sequence[str]], columns: Mapping[str, str]
 ) -> list[dict[str, str]]:
     """The rows as the task reads them, each looked at before any work."""
-    task = scored_task(model)
-    if task.listed:
-        expected = "a task whose answers fit into a table"
-        raise CaloraError(f"model {model.name}", expected, "lists of answers", "use `calora serve`")
+    if not task.scored or task.listed:
+        expected, found = "a task whose answers fit into a table", "lists of answers" if task.listed else "written ones"
+        raise CaloraError(f"task {task.name}", expected, found, "use `calora.load` or `calora serve`")
     needed = list(dict.fromkeys([*task.columns, *task.answer_columns]))
     if unknown := sorted(set(columns) - set(needed)):
         raise CaloraError("--column", f"columns of the prompt: {', '.join(needed)}", unknown[0], "correct it")
@@ -150,30 +155,18 @@ def _done(partial: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
-async def _answer(
-    engine: Engine,
-    model: Model,
-    rows: Sequence[Mapping[str, str]],
-    done: list[dict[str, Any]],
-    partial: Path,
-    context: int,
-    slots: int,
-) -> None:
+def _answer(model: Chooser, name: str, rows: Sequence[Row], done: list[dict[str, Any]], partial: Path) -> None:
     """Add to `done`, and to the file, what is missing."""
-    try:
-        with partial.open("a", encoding="utf-8") as stream:
-            starts = range(len(done), len(rows), slots)
-            for first in progress(starts, model.name, f"x {slots} rows", -(-len(rows) // slots), len(done) // slots):
-                some = [choose(engine, model, row, context) for row in rows[first : first + slots]]
-                found = [
-                    {LABEL: choice.answer, PROBABILITY: round(max(choice.probabilities), 4)}
-                    for choice in await asyncio.gather(*some)
-                ]
-                stream.writelines(f"{json.dumps(one, ensure_ascii=False)}\n" for one in found)
-                stream.flush()
-                done += found
-    finally:
-        await engine.close()
+    with partial.open("a", encoding="utf-8") as stream:
+        starts = range(len(done), len(rows), CHUNK)
+        for first in progress(starts, name, f"x {CHUNK} rows", -(-len(rows) // CHUNK), len(done) // CHUNK):
+            found = [
+                {LABEL: choice.answer, PROBABILITY: round(max(choice.probabilities), 4)}
+                for choice in model.choose(rows[first : first + CHUNK])
+            ]
+            stream.writelines(f"{json.dumps(one, ensure_ascii=False)}\n" for one in found)
+            stream.flush()
+            done += found
 
 
 def _text(header: Sequence[str], table: Sequence[Sequence[str]], done: Sequence[Mapping[str, Any]]) -> str:

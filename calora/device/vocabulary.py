@@ -8,6 +8,7 @@ from typing import Any
 
 import gguf
 from gguf import TokenType
+from transformers import PreTrainedTokenizerBase
 
 from calora.common.files import read_json
 from calora.errors import CaloraError
@@ -19,6 +20,7 @@ SPLITS = {  # regular expression of tokenizer.json -> llama.cpp's name of it
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "llama-bpe",
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",
 }
+ENDS = ("eos", "eot", "eom")  # llama.cpp ends at each of these, and at those whose usual names it knows
 FIX = "serve it with calora.load, or export `peft` and `dense` for a runtime that takes its tokenizer"
 
 
@@ -83,9 +85,19 @@ def pretokenizer(path: Path, about: Any) -> str:
 def _add_special(writer: gguf.GGUFWriter, directory: Path) -> None:
     logging.getLogger("gguf.vocab").setLevel(logging.ERROR)  # of odd templates, which are measured below
     special, tokenizer = gguf.SpecialVocab(directory, load_merges=True), load_tokenizer(directory)
+    special.special_token_ids |= dict(zip(ENDS, _ends(directory, tokenizer), strict=False))
     ids = tokenizer("a").input_ids
     special.add_special_token = {
         "bos": tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id,
         "eos": tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id,
     }
     special.add_to_gguf(writer, quiet=True)
+
+
+def _ends(directory: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end an answer in torch, the tokenizer's own first."""
+    found = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for file in (directory / "generation_config.json", directory / "config.json"):
+        value = read_json(file, FIX).get("eos_token_id") if file.exists() else None
+        found += value if isinstance(value, list) else [] if value is None else [value]
+    return list(dict.fromkeys(found))

@@ -45,30 +45,46 @@ def predict(
     Raises:
         CaloraError: the answers cannot be told apart (`Task.answer_token_ids`), or the model cannot answer the task.
     """
-    family = family_of(model)
-    ids = family.answer_ids(model, task, tokenizer)
     if not task.scored:
-        return _written(model, task, tokenizer, examples, batch_size, title)
-    if ids is None:
-        labels = [int(scores.argmax()) for scores in likelihoods(model, task, examples, batch_size, title)]
-    else:
-        labels = _by_logits(model, examples, ids, batch_size, title)
+        family_of(model).answer_ids(model, task, tokenizer)
+        prompts = [example.prompt_ids for example in examples]
+        written = complete(model, tokenizer, prompts, task.max_new_tokens, batch_size, title=title)
+        return Predictions([text.strip() for text in written], [-1] * len(examples))
+    found = scores(model, task, tokenizer, examples, batch_size, title)
+    labels = [int(own.argmax()) for own in found]
     return Predictions([e.choices[label].strip() for e, label in zip(examples, labels, strict=True)], labels)
 
 
-def _by_logits(
+def scores(
+    model: PreTrainedModel,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    batch_size: int,
+    title: str | None = None,
+) -> list[Tensor]:
+    """Of each example of a scored task the logits, or `likelihoods`, of its answers [k]: their softmax is how probable each is.
+
+    Raises:
+        CaloraError: as `predict`.
+    """
+    ids = family_of(model).answer_ids(model, task, tokenizer)
+    if ids is None:
+        return likelihoods(model, task, examples, batch_size, title)
+    return _logits(model, examples, ids, batch_size, title)
+
+
+def _logits(
     model: PreTrainedModel, examples: Sequence[Example], ids: Tensor, batch_size: int, title: str | None
-) -> list[int]:
-    """The label of the highest logit at the end of each prompt, among those of `ids` [k]."""
-    family, labels = family_of(model), [-1] * len(examples)
+) -> list[Tensor]:
+    """The logits of `ids` [k] at the end of each prompt."""
+    family, found = family_of(model), torch.zeros(len(examples), len(ids))
     batches = length_batches([len(e.prompt_ids) for e in examples], batch_size)
     with torch.no_grad():
         for indices in progress(batches, title, "batches"):
             batch = family.collate([Example(examples[i].prompt_ids) for i in indices], model)
-            chosen = family.forward(model, batch, ids).logits.float().argmax(-1).tolist()
-            for i, label in zip(indices, chosen, strict=True):
-                labels[i] = label
-    return labels
+            found[indices] = family.forward(model, batch, ids).logits.float().cpu()
+    return list(found)
 
 
 def likelihoods(
@@ -94,20 +110,25 @@ def likelihoods(
     return list(found.split([len(e.choice_ids) for e in examples]))
 
 
-def _written(
-    model: PreTrainedModel, task: Task, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example],
-    batch_size: int, title: str | None,
-) -> Predictions:  # fmt: skip
-    family, answers, ends = family_of(model), [""] * len(examples), end_tokens(model)
-    batches = length_batches([len(e.prompt_ids) for e in examples], batch_size)
+def complete(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    batch_size: int,
+    title: str | None = None,
+) -> list[str]:
+    """What the model writes behind each prompt (token ids), greedily, up to an end token."""
+    family, texts, ends = family_of(model), [""] * len(prompts), end_tokens(model)
+    batches = length_batches([len(ids) for ids in prompts], batch_size)
     with torch.no_grad():
         for indices in progress(batches, title, "batches"):
-            prompts = [Example(examples[i].prompt_ids) for i in indices]
-            written = family.generate(model, prompts, task.max_new_tokens, tokenizer.eos_token_id)
+            some = [Example(prompts[i]) for i in indices]
+            written = family.generate(model, some, max_new_tokens, tokenizer.eos_token_id)
             for i, ids in zip(indices, written, strict=True):
                 text = ids[:-1] if ids[-1] in ends else ids
-                answers[i] = str(tokenizer.decode(text, skip_special_tokens=True)).strip()
-    return Predictions(answers, [-1] * len(examples))
+                texts[i] = str(tokenizer.decode(text, skip_special_tokens=True))
+    return texts
 
 
 def correct(predictions: Predictions, examples: Sequence[Example]) -> list[bool]:
