@@ -21,14 +21,14 @@ from starlette.types import Receive, Scope, Send
 
 from calora.device.bodies import Chat, Classification, Completion
 from calora.device.catalogue import Catalogue, Model, NoSuchModel
-from calora.device.choose import Choice, choose, scored_task
+from calora.device.choose import Choice, as_row, choose, scored_task
 from calora.device.engine import Engine, Refused
 from calora.device.guard import Guard, problem
 from calora.device.limits import Limits
 from calora.device.queue import AdapterQueue, Full, Late
 from calora.device.translate import Translator
 from calora.errors import CaloraError
-from calora.models.tasks import Row, Task
+from calora.models.tasks import Row
 
 T = TypeVar("T")
 GONE = 499  # nobody reads it
@@ -138,7 +138,7 @@ def make_app(catalogue: Catalogue, engine: Engine, limits: Limits, key: str) -> 
     async def classify(request: Request, body: Classification) -> dict[str, Any]:
         chosen = catalogue[body.model]
         task = scored_task(chosen)
-        rows = [_row(task, one) for one in body.inputs]
+        rows = [as_row(task, one) for one in body.inputs]
         for row in rows:  # before any work
             task.render(row)
             task.choices(row)
@@ -253,16 +253,6 @@ def _told(error: Exception, limits: Limits) -> JSONResponse | None:
 def _described(model: Model, created: int) -> dict[str, Any]:
     about = {"id": model.name, "object": "model", "created": created, "owned_by": "calora"}
     return about | ({"task": model.task.to_json()} if model.task else {})
-
-
-def _row(task: Task, given: str | dict[str, Any]) -> Row:
-    """A text stands for a row whose prompt has one column."""
-    if isinstance(given, dict):
-        return given
-    columns = list(dict.fromkeys([*task.columns, *task.answer_columns]))
-    if len(columns) > 1:
-        raise CaloraError(f"input of task {task.name}", f"objects with {', '.join(columns)}", "a text", "send objects")
-    return {columns[0]: given}
 
 
 def _classified(choices: Sequence[Choice], model: str) -> dict[str, Any]:

@@ -45,6 +45,21 @@ def scored_task(model: Model) -> Task:
     return model.task
 
 
+def columns_of(task: Task) -> list[str]:
+    """The columns of a row: those of the prompt, and of the answers."""
+    return list(dict.fromkeys([*task.columns, *task.answer_columns]))
+
+
+def as_row(task: Task, given: str | Row) -> Row:
+    """A text stands for a row whose prompt has one column; raises `CaloraError` where there are more."""
+    if not isinstance(given, str):
+        return given
+    columns = columns_of(task)
+    if len(columns) > 1:
+        raise CaloraError(f"input of task {task.name}", f"objects with {', '.join(columns)}", "a text", "send objects")
+    return {columns[0]: given}
+
+
 async def choose(engine: Engine, model: Model, row: Row, context: int) -> Choice:
     """The answer of highest likelihood, as `Task.likelihood` counts: p(answer) ~ exp(sum or mean of its log-probabilities).
 

@@ -15,10 +15,9 @@ import uvicorn
 from calora.device.app import make_app
 from calora.device.catalogue import Catalogue
 from calora.device.engine import LlamaEngine
-from calora.device.limits import Limits
+from calora.device.limits import KEY, Limits
 from calora.errors import CaloraError, first_line
 
-KEY = "CALORA_API_KEY"  # environment variable
 FAREWELL = 5  # seconds that running requests have to end
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from calora.common.files import sha256, write_text
 from calora.common.progress import progress
 from calora.device.catalogue import BASE_NAME, Catalogue, Model, NoSuchModel
-from calora.device.choose import choose, scored_task
+from calora.device.choose import choose, columns_of, scored_task
 from calora.device.engine import Engine, LlamaEngine
 from calora.device.limits import Limits
 from calora.errors import CaloraError
@@ -119,7 +119,7 @@ def _rows(
     if task.listed:
         expected = "a task whose answers fit into a table"
         raise CaloraError(f"model {model.name}", expected, "lists of answers", "use `calora serve`")
-    needed = list(dict.fromkeys([*task.columns, *task.answer_columns]))
+    needed = columns_of(task)
     if unknown := sorted(set(columns) - set(needed)):
         raise CaloraError("--column", f"columns of the prompt: {', '.join(needed)}", unknown[0], "correct it")
     place = {}
