@@ -18,7 +18,7 @@ from calora.models.tasks import Example
 
 @dataclass(frozen=True)
 class Size:
-    """Widths of a model: hidden, feed-forward, blocks, heads, key-value heads, vocabulary (at least 259)."""
+    """Widths of a model: hidden, feed-forward, blocks, heads, key-value heads, vocabulary (at least 260)."""
 
     hidden: int
     inner: int
@@ -84,11 +84,11 @@ def pieces(size: Size, generator: torch.Generator) -> Iterator[dict[str, Tensor]
 
 
 def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """Bytes, and nothing else of the vocabulary."""
+    """Bytes, and one pair of them: llama.cpp reads no vocabulary without."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *letters])}
+    words = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *letters, "Ġa"])}
     assert len(words) <= vocabulary
-    whole = Tokenizer(models.BPE(words, [], unk_token="<unk>"))
+    whole = Tokenizer(models.BPE(words, [("Ġ", "a")], unk_token="<unk>"))
     whole.pre_tokenizer, whole.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=whole, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 

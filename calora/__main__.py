@@ -147,6 +147,39 @@ def classify(command: argparse.ArgumentParser) -> Act:
     return act
 
 
+def chat(command: argparse.ArgumentParser) -> Act:
+    """Talk with an exported folder on the terminal, and change its adapter on the way; through a pipe a line is a text."""
+    from calora.device.limits import Limits
+
+    tokens = Limits().tokens
+    command.add_argument("folder", nargs="?", help="what `calora export` wrote")
+    command.add_argument(
+        "--url", help="of a running `calora serve`, with /v1, instead of a folder; its key in CALORA_API_KEY"
+    )
+    command.add_argument("--adapter", help="to begin with (the base)")
+    command.add_argument("--tokens", type=int, default=tokens, help=f"that an answer has at most ({tokens})")
+    command.add_argument("--temperature", type=float, help="0: always the likeliest token (llama.cpp's default)")
+    command.add_argument("--threads", type=int, help="of the processor (llama.cpp's choice)")
+
+    def act(chosen: argparse.Namespace) -> int:
+        from calora.device.runtime import installed
+
+        with installed():
+            from calora.device.chat import chat
+            from calora.device.sources import Source, UrlSource, open_folder
+        if bool(chosen.folder) == bool(chosen.url):
+            raise CaloraError("chat", "a folder or --url", "both" if chosen.url else "neither", "name one of them")
+        source: Source = UrlSource(chosen.url) if chosen.url else open_folder(Path(chosen.folder), chosen.threads)
+        options = {"max_tokens": chosen.tokens, "temperature": chosen.temperature}
+        try:
+            chat(source, {name: value for name, value in options.items() if value is not None}, chosen.adapter)
+        except KeyboardInterrupt:
+            return 130
+        return 0
+
+    return act
+
+
 def _adapters(texts: Sequence[str]) -> dict[str, str] | list[str]:
     """NAME=FOLDER of each, or the folders."""
     if not any("=" in text and not Path(text).exists() for text in texts):
@@ -161,7 +194,7 @@ def _pair(where: str, text: str, such_as: str) -> tuple[str, str]:
     return name, value
 
 
-COMMANDS = {"export": export, "serve": serve, "classify": classify}
+COMMANDS = {"export": export, "serve": serve, "classify": classify, "chat": chat}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "calora": {
         "calora", "torch", "transformers", "peft", "safetensors", "accelerate", "huggingface_hub", "tqdm", "numpy", "scipy",
         "lm_eval",  # the extra of that name, in calora/lm_eval.py alone
-        "gguf", "xllamacpp", "fastapi", "starlette", "uvicorn", "httpx", "pydantic",  # the extra `device`, in calora/device alone
+        "gguf", "xllamacpp", "fastapi", "starlette", "uvicorn", "httpx", "pydantic", "rich",  # the extra `device`, in calora/device alone
     },
     "stages": {"calora", "stages", "pydantic", "yaml", "torch", "transformers", "safetensors", "datasets", "huggingface_hub", "sklearn", "matplotlib", "peft", "pyarrow", "requests", "packaging"},
     "pipeline": {

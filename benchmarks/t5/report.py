@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-from pathlib import Path
 
 from benchmarks.recipes import Results, between, hits, merge, of_one, of_task, said
 from benchmarks.t5.project import FOLDER, TASKS

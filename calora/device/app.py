@@ -31,8 +31,8 @@ from calora.device.served import REFERENCE, Models, OutOfTime, Served
 from calora.device.static import PATHS, add_page
 from calora.device.translate import Translator
 from calora.errors import CaloraError
-from calora.evaluation.choice import Choice
-from calora.models.tasks import Row, Task
+from calora.evaluation.choice import Choice, as_row
+from calora.models.tasks import Row
 
 T = TypeVar("T")
 GONE = 499  # nobody reads it
@@ -147,7 +147,7 @@ def make_app(
         if body.task is not None:
             chosen = replace(chosen, task=scored_task(models[body.task][1]))
         task = scored_task(chosen)
-        rows = [_row(task, one) for one in body.inputs]
+        rows = [as_row(task, one) for one in body.inputs]
         for row in rows:  # before any work
             task.render(row)
             task.choices(row)
@@ -257,16 +257,6 @@ def _told(error: Exception, limits: Limits) -> JSONResponse | None:
         case Refused():
             return problem(error.status if 400 <= error.status < 500 else 503, f"llama.cpp: {error}")
     return None
-
-
-def _row(task: Task, given: str | dict[str, Any]) -> Row:
-    """A text stands for a row whose prompt has one column."""
-    if isinstance(given, dict):
-        return given
-    columns = list(dict.fromkeys([*task.columns, *task.answer_columns]))
-    if len(columns) > 1:
-        raise CaloraError(f"input of task {task.name}", f"objects with {', '.join(columns)}", "a text", "send objects")
-    return {columns[0]: given}
 
 
 def _classified(choices: Sequence[Choice], model: str) -> dict[str, Any]:

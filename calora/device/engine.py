@@ -108,8 +108,8 @@ class LlamaEngine:
         return await self._post(path, self._with(body, on))
 
     async def _post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        with _reached():
-            return _read(await self.client.post(path, json=body))
+        with reached():
+            return read_answer(await self.client.post(path, json=body))
 
     @asynccontextmanager
     async def stream(
@@ -117,12 +117,12 @@ class LlamaEngine:
     ) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
         """See `Engine`."""
         asked = {**self._with(body, on), "stream": True}
-        with _reached():
+        with reached():
             async with self.client.stream("POST", path, json=asked) as answer:
                 if answer.status_code != 200:
                     await answer.aread()
-                    _read(answer)
-                yield _events(answer)
+                    read_answer(answer)
+                yield events(answer)
 
     async def tokenize(self, text: str, special: bool = True) -> list[int]:
         """See `Engine`."""
@@ -144,14 +144,16 @@ class LlamaEngine:
 
 
 @contextmanager
-def _reached() -> Iterator[None]:
+def reached() -> Iterator[None]:
+    """Around requests: a server that does not answer has refused."""
     try:
         yield
     except httpx.HTTPError as error:
         raise Refused(503, f"it does not answer: {first_line(error)}") from None
 
 
-def _read(answer: httpx.Response) -> dict[str, Any]:
+def read_answer(answer: httpx.Response) -> dict[str, Any]:
+    """The object of an answer; raises `Refused` where it is an error."""
     try:
         found: dict[str, Any] = answer.json()
     except ValueError:
@@ -161,7 +163,7 @@ def _read(answer: httpx.Response) -> dict[str, Any]:
     return found
 
 
-async def _events(answer: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+async def events(answer: httpx.Response) -> AsyncIterator[dict[str, Any]]:
     """The objects of a stream of server-sent events, until [DONE]; raises `Refused` where one is an error."""
     async for line in answer.aiter_lines():
         kind, _, value = line.partition(": ")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from calora.errors import CaloraError
 
 HOST, PORT = "127.0.0.1", 8080
+KEY = "CALORA_API_KEY"  # environment variable
 
 
 @dataclass(frozen=True)

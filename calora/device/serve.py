@@ -20,12 +20,11 @@ from calora.device.app import make_app
 from calora.device.catalogue import Catalogue
 from calora.device.engine import LlamaEngine
 from calora.device.folder import MANIFEST
-from calora.device.limits import Limits
+from calora.device.limits import KEY, Limits
 from calora.device.pool import NOTHING, Pool, stamp
 from calora.device.served import check_reference
 from calora.errors import CaloraError, first_line
 
-KEY = "CALORA_API_KEY"  # environment variable
 LOOK = 1.0  # seconds between looks at the folder
 FAREWELL = 5  # seconds that running requests have to end
 LOCAL = ("127.0.0.1", "localhost", "[::1]")  # names of this machine on itself

@@ -16,7 +16,7 @@ from calora.common.progress import progress
 from calora.device.catalogue import BASE_NAME, Catalogue, Model, NoSuchModel
 from calora.device.choose import scored_task
 from calora.errors import CaloraError
-from calora.evaluation.choice import Choice
+from calora.evaluation.choice import Choice, columns_of
 from calora.models.tasks import Row, Task
 
 LABEL, PROBABILITY = "label", "probability"  # columns that are added, or replaced
@@ -124,7 +124,7 @@ def _rows(
     if not task.scored or task.listed:
         expected, found = "a task whose answers fit into a table", "lists of answers" if task.listed else "written ones"
         raise CaloraError(f"task {task.name}", expected, found, "use `calora.load` or `calora serve`")
-    needed = list(dict.fromkeys([*task.columns, *task.answer_columns]))
+    needed = columns_of(task)
     if unknown := sorted(set(columns) - set(needed)):
         raise CaloraError("--column", f"columns of the prompt: {', '.join(needed)}", unknown[0], "correct it")
     place = {}

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from calora.errors import CaloraError
 from calora.models.tasks import Row, Task
 
 
@@ -41,3 +42,18 @@ class Choice:
 def rows_of(task: Task, texts: Sequence[str | Mapping[str, Any]]) -> list[Row]:
     """Rows of a task: a text stands for the first column of the prompt."""
     return [{task.columns[0]: text} if isinstance(text, str) else text for text in texts]
+
+
+def columns_of(task: Task) -> list[str]:
+    """The columns of a row: those of the prompt, and of the answers."""
+    return list(dict.fromkeys([*task.columns, *task.answer_columns]))
+
+
+def as_row(task: Task, given: str | Row) -> Row:
+    """A text stands for a row whose prompt has one column; raises `CaloraError` where there are more."""
+    if not isinstance(given, str):
+        return given
+    columns = columns_of(task)
+    if len(columns) > 1:
+        raise CaloraError(f"input of task {task.name}", f"objects with {', '.join(columns)}", "a text", "send objects")
+    return {columns[0]: given}

@@ -1,0 +1,207 @@
+"""Many requests at random while adapters come and go; each answer beside that of a fresh runtime with its adapter alone."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from benchmarks.device.client import WORDS
+from benchmarks.device.processes import Served
+from benchmarks.device.setting import Setting
+from calora.device.catalogue import BASE_NAME, Catalogue
+from calora.device.engine import LlamaEngine
+from stages.tables import Table
+
+CLIENTS, LONGEST = 4, 8  # requests at a time; tokens of an answer: 1 to so many
+CLOSE = 0.1  # of a log-probability: the same products, summed in another order, and rounded to 8 bits on the way
+ABSENT, CHANGE, SAMPLES = (
+    50,
+    100,
+    200,
+)  # requests between two for an absent adapter, between two changes; looks at memory
+Answer = list[tuple[str, float]]  # tokens with their log-probabilities
+Key = tuple[str, int]  # model, number of the prompt
+Expected = dict[Key, Answer]
+
+
+def prompts(count: int, seed: int = 0) -> list[tuple[str, int]]:
+    """Short texts, and how many tokens are asked for after each."""
+    rng = random.Random(seed)
+    texts = [" ".join(rng.choices(WORDS, k=rng.randrange(4, 12))) for _ in range(count)]
+    return [(f"Review: {text}\nSentiment:", 1 + number % LONGEST) for number, text in enumerate(texts)]
+
+
+async def fresh(folder: Path, asked: Sequence[tuple[str, int]], threads: int) -> Expected:
+    """The answers of each model, by a runtime of its own that has no other adapter and keeps nothing from text to text."""
+    catalogue, found = Catalogue.read(folder), Expected()
+    for name, model in catalogue.models.items():
+        own = {file: path for file, path in catalogue.loras.items() if file in model.apply}
+        engine = LlamaEngine(catalogue.base, own, min(256, catalogue.context), 1, threads)
+        for number, (text, tokens) in enumerate(asked):
+            body = {"prompt": text, "max_tokens": tokens, "temperature": 0.0, "n_probs": 1, "cache_prompt": False}
+            said = await engine.ask("/v1/completions", body, model.apply)
+            tops = said["choices"][0]["logprobs"]["content"]
+            found[name, number] = [(one["token"], one["logprob"]) for one in tops]
+        await engine.close()
+    return found
+
+
+def judge(expected: Answer, found: Answer) -> str:
+    """`same`; `tie`, where the tokens part at two that are equally probable; or `wrong`."""
+    for (token, log), (other, other_log) in zip(expected, found, strict=False):
+        if abs(log - other_log) > CLOSE:
+            return "wrong"
+        if token != other:
+            return "tie"
+    return "same" if len(expected) == len(found) else "wrong"
+
+
+def told_apart(expected: Expected) -> float:
+    """Share of (prompt, adapter, other adapter) whose answers are judged wrong for each other: what a soak would notice."""
+    names, numbers = ({key[place] for key in expected} for place in (0, 1))
+    pairs = [(a, b, n) for n in numbers for a in names for b in names if a != b]
+    return sum(judge(expected[a, n], expected[b, n]) == "wrong" for a, b, n in pairs) / len(pairs)
+
+
+class Soak:
+    """The requests, and what became of them.
+
+    Args:
+        client: of the server.
+        expected: what each model says to each prompt; `asked` are these.
+        memory: MB of the server now.
+    """
+
+    def __init__(
+        self,
+        client: httpx.AsyncClient,
+        asked: Sequence[tuple[str, int]],
+        expected: Expected,
+        memory: Callable[[], float],
+    ) -> None:
+        self.client, self.asked, self.expected, self.memory = client, asked, expected, memory
+        self.there = list(dict.fromkeys(name for name, _ in expected))
+        self.away: list[str] = []
+        self.removed = 0  # how often an adapter was taken out
+        self.counts, self.problems = Counter[str](), list[str]()
+        self.samples = list[tuple[int, float]]()
+        self.changing = asyncio.Lock()
+
+    async def run(self, requests: int, seed: int = 0) -> dict[str, Any]:
+        """Send them."""
+        rng, left, start = random.Random(seed), iter(range(requests)), time.monotonic()
+
+        async def one() -> None:
+            for number in left:
+                if number % max(1, requests // SAMPLES) == 0:
+                    self.samples.append((number, self.memory()))
+                if number % CHANGE == CHANGE - 1 and not self.changing.locked():
+                    await self.change(rng)
+                await self.request(rng, absent=bool(self.away) and number % ABSENT == 0)
+                if number % 500 == 0:
+                    print(number, dict(self.counts), self.samples[-1], file=sys.stderr, flush=True)
+
+        await asyncio.gather(*(one() for _ in range(CLIENTS)))
+        self.samples.append((requests, self.memory()))
+        return {
+            "requests": requests, "counts": dict(self.counts), "problems": self.problems[:10],
+            "told_apart": told_apart(self.expected), "seconds": time.monotonic() - start, "memory": self.samples,
+            "slope": slope(self.samples),
+        }  # fmt: skip
+
+    async def request(self, rng: random.Random, absent: bool) -> None:
+        """One, of an adapter that is there, or of one that is not: that is refused."""
+        model, number = rng.choice(self.away if absent else self.there), rng.randrange(len(self.asked))
+        text, tokens = self.asked[number]
+        body = {"model": model, "prompt": text, "max_tokens": tokens, "temperature": 0.0, "logprobs": 1}
+        removed = self.removed
+        try:
+            answer = await self.client.post("/completions", json=body)
+        except httpx.HTTPError as error:
+            return self.note("error", f"{model}: {error!r}")
+        if answer.status_code == 404 and (absent or self.removed > removed or model in self.away):
+            return self.note("refused, as it should be")
+        if answer.status_code != 200 or (absent and model in self.away):
+            return self.note("error", f"{model}: {answer.status_code} {answer.text[:200]}")
+        found = answer.json()["choices"][0]["logprobs"]
+        judged = judge(self.expected[model, number], list(zip(found["tokens"], found["token_logprobs"], strict=True)))
+        self.note(judged, f"{model}, prompt {number}: {found} for {self.expected[model, number]}" * (judged == "wrong"))
+
+    def note(self, what: str, problem: str = "") -> None:
+        """What became of a request."""
+        self.counts[what] += 1
+        if problem:
+            self.problems.append(problem)
+
+    async def change(self, rng: random.Random) -> None:
+        """Take an adapter out, or bring one back; a server without such routes keeps all."""
+        async with self.changing:
+            if len(self.away) < 2:
+                name = rng.choice([name for name in self.there if name != BASE_NAME])
+                self.there.remove(name)
+                self.away.append(name)
+                self.removed += 1
+                answer = await self.client.post("/unload_lora_adapter", json={"lora_name": name})
+                if answer.status_code != 200:
+                    self.away.remove(name)
+            else:
+                name = rng.choice(self.away)
+                answer = await self.client.post("/load_lora_adapter", json={"lora_name": name})
+                if answer.status_code == 200:
+                    self.away.remove(name)
+            if name not in self.away:
+                self.there.append(name)
+            known = answer.status_code not in (404, 405)
+            self.note(
+                "changes" if answer.status_code == 200 else "no such route" if not known else "error",
+                answer.text[:200] * known * (answer.status_code != 200),
+            )
+
+
+def slope(samples: Sequence[tuple[int, float]]) -> float:
+    """MB a thousand requests, by least squares, of the second half."""
+    half = np.array(samples[len(samples) // 2 :], dtype=float)
+    return float(1000 * np.polyfit(half[:, 0], half[:, 1], 1)[0]) if len(half) > 1 else 0.0
+
+
+def measure(setting: Setting) -> dict[str, Any]:
+    """Of the compressed base with `setting.mixed` adapters."""
+    folder, asked, threads = setting.exported(setting.mixed), prompts(setting.prompts), setting.threads[0]
+
+    async def run() -> dict[str, Any]:
+        expected = await fresh(folder, asked, threads)
+        with Served(folder, threads) as server:
+            async with server.client() as client:
+                return await Soak(client, asked, expected, lambda: server.memory).run(setting.soak)
+
+    return {"adapters": setting.mixed, **asyncio.run(run())}
+
+
+def table(found: dict[str, Any]) -> Table:
+    """What became of the requests."""
+    counts, memory = found["counts"], [size for _, size in found["memory"]]
+    made = Table("soak", ["", ""], {0})
+    for name, value in (
+        ("requests", f"{found['requests']:,}, of {found['adapters']} adapters and the base, four at a time"),
+        ("changes: an adapter taken out, or brought back", f"{counts.get('changes', 0):,}"),
+        ("answers as those of a fresh runtime", f"{counts.get('same', 0):,}"),
+        (f"parted at two tokens of equal probability (within {CLOSE})", f"{counts.get('tie', 0):,}"),
+        ("answers of another adapter, or wrong otherwise", f"{counts.get('wrong', 0):,}"),
+        ("refused because their adapter was out", f"{counts.get('refused, as it should be', 0):,}"),
+        ("errors", f"{counts.get('error', 0):,}"),
+        ("pairs of adapters whose answers to a prompt differ by more than that", f"{100 * found['told_apart']:.1f} %"),
+        ("memory at the first, the median and the last look, MB", f"{memory[0]:.0f}, {np.median(memory):.0f}, {memory[-1]:.0f}"),
+        ("its slope in the second half, MB a thousand requests", f"{found['slope']:+.2f}"),
+        ("minutes", f"{found['seconds'] / 60:.0f}"),
+    ):  # fmt: skip
+        made.rows.append([name, value])
+    return made
