@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -128,16 +128,23 @@ def patiently(stage: str, folder: Path, processes: Processes, say: Callable[[str
 def smoke() -> int:
     """The pipeline with small parameters in .smoke, a DVC project of its own beside the same downloads."""
     folder = ROOT / ".smoke"
-    folder.mkdir(exist_ok=True)
+    code = beside(folder, SMOKE)
+    if not (folder / "own").exists():
+        (folder / "own").symlink_to(ROOT / "own")
+    return code or repro(folder)
+
+
+def beside(folder: Path, changes: Mapping[str, Any]) -> int:
+    """Make a folder a DVC project of its own, with this one's code and params.yaml but for `changes`; the exit code is DVC's.
+
+    It has its own results, and takes downloads from here.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     for name in ("calora", "stages", "pipeline"):
         shutil.rmtree(folder / name, ignore_errors=True)
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "dvc.yaml", folder)
-    if not (folder / "own").exists():
-        (folder / "own").symlink_to(ROOT / "own")
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    (folder / "params.yaml").write_text(yaml.safe_dump(merged(params, SMOKE), sort_keys=False), encoding="utf-8")
+    (folder / "params.yaml").write_text(yaml.safe_dump(merged(params, changes), sort_keys=False), encoding="utf-8")
     os.environ.setdefault("CALORA_DOWNLOADS", str(ROOT / ".cache/downloads"))
-    if not (folder / ".dvc").exists() and (code := dvc(folder, "init", "--quiet", "--no-scm")):
-        return code
-    return repro(folder)
+    return 0 if (folder / ".dvc").exists() else dvc(folder, "init", "--quiet", "--no-scm")
