@@ -132,7 +132,7 @@ def copied(folder: Path, params: Mapping[str, Any]) -> None:
     Raises:
         CaloraError: DVC could not be set up there.
     """
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for name in ("calora", "stages", "pipeline"):
         shutil.rmtree(folder / name, ignore_errors=True)
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -55,7 +55,7 @@ def gather(wanted: Wanted) -> Source:
         if not path.exists():
             raise CaloraError("--data", "files, a folder, or a hub id", f"no {path}", "correct the path")
     folder = paths[0] if len(paths) == 1 and paths[0].is_dir() else None
-    places = _by_name(_files_in(folder) if folder else paths, folder or Path("--data"))
+    places = by_name(files_in(folder) if folder else paths, folder or Path("--data"))
     for split, text in (("validation", wanted.validation), ("test", wanted.test)):
         if text is not None:
             places[split] = Path(text).expanduser()
@@ -86,7 +86,8 @@ def _stem(path: Path) -> str:
     return path.name.removesuffix(".gz").rpartition(".")[0]
 
 
-def _files_in(folder: Path) -> list[Path]:
+def files_in(folder: Path) -> list[Path]:
+    """The data files of a folder; raises `CaloraError` where it has none."""
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and _kind(path) in (*KINDS, ".parquet")]
     if not files:
         raise CaloraError(folder, f"files of {', '.join(KINDS)} or .parquet", "none", "name the folder that has them")
@@ -97,8 +98,15 @@ def _kind(path: Path) -> str:
     return "." + path.name.removesuffix(".gz").rpartition(".")[2].lower()
 
 
-def _by_name(files: list[Path], where: Path) -> dict[str, Path]:
-    """Split -> file, by the files' names; one alone is for training."""
+def by_name(files: list[Path], where: Path) -> dict[str, Path]:
+    """Split -> file, by the files' names; one alone is for training.
+
+    Args:
+        where: what a message calls the place.
+
+    Raises:
+        CaloraError: a name says nothing, or two say the same.
+    """
     found: dict[str, Path] = {}
     for path in files:
         words = [word for word in re.split(r"[^A-Za-z]+", _stem(path)) if word]
