@@ -46,7 +46,7 @@ def train(row: str) -> float:
     """MB of this process at its peak, after training on the longest texts."""
     size = load_params().train.batch_size
     labelled, unlabelled = longest("train", 5 * size), longest("unlabelled", 5 * size)
-    start = read_adapter(inherited(TASK, RECIPE, "calora"))
+    start = read_adapter(inherited(TASK, RECIPE) / "calora")
     if row == "distill":
         model = load(compressed(RECIPE), dense=True, attention=training_attention())
         loss = read_json(METHODS / "calora/loss.json", "run `make run`")

@@ -13,7 +13,7 @@ from stages.config import Params, load_params
 
 BASE, SMALL = Path("models/base"), Path("models/small")
 DOWNLOADED = "downloaded.json"  # in models/base: the bytes of what it was made from
-METHODS = Path("models/methods")
+METHODS, STARTS = Path("models/methods"), Path("models/starts")
 TAKEN = Path("models/taken")  # what recipes take that others have compressed
 CALIBRATION, TUNING = Path("data/calibration/texts.jsonl"), Path("data/calibration/tuning.jsonl")
 CHECKPOINTS = Path("checkpoints")
@@ -57,9 +57,9 @@ def compressed(recipe: str) -> Path:
     return Path("models/compressed") / recipe
 
 
-def inherited(task: str, recipe: str, method: str) -> Path:
-    """The start of a method: its adapter before any step."""
-    return Path("models/inherited") / task / recipe / method
+def inherited(task: str, recipe: str) -> Path:
+    """The starts of the methods, each in a folder of its own: its adapter before any step."""
+    return Path("models/inherited") / task / recipe
 
 
 def adapter(method: str, task: str, recipe: str) -> Path:

@@ -38,7 +38,7 @@ MADE_BY = "run `dvc repro methods`"
 
 def main(params: Params, name: str, recipe: str, method: str) -> None:
     """The adapter of one method for one task on one compressed base."""
-    task, source = read_task(name), inherited(name, recipe, method)
+    task, source = read_task(name), inherited(name, recipe) / method
     packed = params.train.base == "packed"
     model = load(compressed(recipe), dense=not packed, trainable=packed, attention=training_attention())
     start, score = read_adapter(source), scorer(model, task, model.calora_tokenizer, params)

@@ -30,8 +30,7 @@ def main(params: Params, name: str) -> None:
     model = load_model(SMALL, torch.float32, labels=len(task.answers))
     every = sorted(linear_layers(model))
     config = lora_config(params.teacher.rank, params.teacher.lora_alpha, every, classifier=True)
-    folder = small_lora(name)
-    train_lora(params, task, model, load_tokenizer(SMALL), config, folder, SMALL, torch.float32).clear()
+    train_lora(params, task, model, load_tokenizer(SMALL), config, small_lora(name), SMALL, torch.float32)
 
 
 if __name__ == "__main__":

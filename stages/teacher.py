@@ -1,14 +1,11 @@
-"""Train (or import) the LoRA on the uncompressed LLM and store its outputs for every training text.
+"""Train (or import) the LoRA on the uncompressed LLM.
 
 Reads models/base, models/brought/<task>, data/<task>; writes models/teacher/<task> (a plain PEFT LoRA; of another adapter
-the LoRA that stands in for it, and all of it in whole/), models/targets/<task> and models/labels/<task>.
+the LoRA that stands in for it, and all of it in whole/).
 """
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,45 +16,37 @@ from calora.adapters.folder import write_adapter
 from calora.adapters.lora import Adapter, attach_adapter, check_targets, inject, lora_config, lora_state, set_active
 from calora.adapters.places import CONFIG
 from calora.adapters.standin import stand_in
-from calora.adapters.teachers import WHOLE, Whole, attach_teacher, attach_whole, import_adapter, write_whole
-from calora.common.files import replace_directory, whole_directory, write_json, write_text
+from calora.adapters.teachers import WHOLE, Whole, attach_whole, import_adapter, write_whole
 from calora.common.parallel import only_first_goes_on, place
 from calora.common.versions import FILE, versions
-from calora.distillation.targets import write_targets
-from calora.distillation.training import Checkpoint
-from calora.evaluation.predict import predict
 from calora.models.anatomy import named
 from calora.models.loading import load_model, load_tokenizer, training_attention
 from calora.models.tasks import Task, encode_all, positions
 from calora.models.uniform import was_conv1d
-from stages.common import BASE, CHECKPOINTS, brought, labels, run, targets, teacher
+from stages.common import BASE, brought, run, teacher
 from stages.config import Params
 from stages.splits import has_labels, read_split, read_task
-from stages.training import run_key, scorer, train_lora
+from stages.training import scorer, train_lora
 
 IMPORTED = "imported.json"  # beside an imported teacher: its scores, and what of it no LoRA carries
 
 
 def main(params: Params, name: str) -> None:
-    """The teacher of one task, and its targets."""
+    """The teacher of one task."""
     task, theirs = read_task(name), brought(name)
     model = load_model(BASE, attention=training_attention())
-    saved = None
     if (theirs / CONFIG).exists():
         take_imported(params, task, theirs, model)
     else:
-        saved = train_teacher(params, task, model)
-    store_targets(params, task)
-    if saved:
-        saved.clear()
+        train_teacher(params, task, model)
 
 
-def train_teacher(params: Params, task: Task, model: Any) -> Checkpoint:
+def train_teacher(params: Params, task: Task, model: Any) -> None:
     """A LoRA trained on the labelled texts; the best one on validation."""
     check_targets(model, params.teacher.targets, params.teacher.rank)
     names = named(model, params.teacher.targets)
     config = as_peft_has_it(lora_config(params.teacher.rank, params.teacher.lora_alpha, names), model)
-    return train_lora(params, task, model, load_tokenizer(BASE), config, teacher(task.name), BASE)
+    train_lora(params, task, model, load_tokenizer(BASE), config, teacher(task.name), BASE)
 
 
 def as_peft_has_it(config: Any, model: Any) -> Any:
@@ -150,45 +139,6 @@ def told(name: str, about: dict[str, Any]) -> str:
     line += f". The student starts from {kinds[about['lora']]}"
     line += f", alone {scores['lora']:.3f}" if "lora" in scores else ""
     return line + (f" (left out: {sum(errors.values()) / len(errors):.2f} of a layer's change)" if errors else "")
-
-
-def store_targets(params: Params, task: Task) -> None:
-    """The teacher's outputs, from the adapter as it was stored and in the dtype in which it was stored.
-
-    They are gathered where DVC removes nothing, so that an interrupted run goes on from its last shard.
-    """
-    model, tokenizer = load_model(BASE, attention=training_attention()), load_tokenizer(BASE)
-    attach_teacher(model, teacher(task.name), task.name)
-    place(model)
-    key = run_key(params, task.name, [BASE, teacher(task.name)], (params.teacher.top_k, str(model.dtype)))
-    unfinished = CHECKPOINTS / targets(task.name) / key
-    for split in ("train", "unlabelled"):
-        examples = encode_all(task, tokenizer, read_split(task.name, split), positions(model.config))
-        if examples:
-            write_targets(
-                unfinished / split, model, task, tokenizer, examples,
-                params.train.eval_batch_size, params.teacher.top_k, f"{task.name}: targets of {split}",
-            )  # fmt: skip
-    store_labels(params, task, model, tokenizer)
-    write_json(unfinished / FILE, versions())
-    replace_directory(unfinished, targets(task.name))
-    shutil.rmtree(CHECKPOINTS / targets(task.name))  # with what an earlier, abandoned run left there
-
-
-def store_labels(params: Params, task: Task, model: Any, tokenizer: Any) -> None:
-    """The teacher's answers to validation and test texts that have no labels: they choose and score in their place."""
-    with whole_directory(labels(task.name)) as scratch:
-        missing = [split for split in ("validation", "test") if not has_labels(read_split(task.name, split))]
-        for split in missing:
-            examples = encode_all(task, tokenizer, read_split(task.name, split), positions(model.config))
-            title = f"{task.name}: the teacher answers {split}"
-            said = predict(model, task, tokenizer, examples, params.train.eval_batch_size, title)
-            key, answers = ("label", said.labels) if task.scored else ("answer", said.answers)
-            write_text(scratch / f"{split}.jsonl", "".join(json.dumps({key: answer}) + "\n" for answer in answers))
-            shares = Counter(said.answers).most_common(6)
-            print(f"{title}:", ", ".join(f"{count / len(examples):.2f} {answer!r:.40}" for answer, count in shares))
-        if not missing:
-            write_json(scratch / "none.json", {"reason": "validation and test texts have labels of their own"})
 
 
 if __name__ == "__main__":

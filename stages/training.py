@@ -61,14 +61,11 @@ def run_key(params: Params, task: str, inputs: Sequence[Path], settings: object)
 def train_lora(
     params: Params, task: Task, model: Any, tokenizer: Any, config: LoraConfig, folder: Path, base: Path,
     dtype: torch.dtype = torch.bfloat16,
-) -> Checkpoint:  # fmt: skip
+) -> None:  # fmt: skip
     """Train a fresh LoRA on the labelled texts and write it, with its curves, to `folder`.
 
     Args:
         dtype: of the stored tensors.
-
-    Returns:
-        The checkpoint of the finished training, for the caller to clear when its stage is done.
     """
     saved = checkpoint(folder, run_key(params, task.name, [base], (config.to_dict(), str(model.dtype))))
     examples = encode_all(task, tokenizer, read_split(task.name, "train"), positions(model.config))
@@ -79,4 +76,4 @@ def train_lora(
     only_first_goes_on()
     notes = {"history.json": history.to_json(), FILE: versions()}
     write_adapter(folder, adapter, str(base), plain_card(task, str(base)), dtype, notes)
-    return saved
+    saved.clear()

@@ -19,7 +19,7 @@ from calora.models.families import Batch, Output
 from pipeline.local import SMOKE
 from stages.common import compressed
 from stages.config import load_params
-from stages.inherit import read_start, start_of
+from stages.inherit import Starts, read_start
 from stages.looks import LOOKS, key_of, look_of
 from stages.resolve import merged, resolve
 from stages.splits import read_split
@@ -84,17 +84,40 @@ def test_a_bypass_may_have_a_budget_of_bytes(project):
     assert len(json.loads((project / "models/inherited/toy/q8_up/in_bytes/inherit.json").read_text())["errors"]) == 14
 
 
+def starts_of(project):
+    return Starts(load(compressed("q8_up")), "toy", 0, read_split("toy", "train"))
+
+
 def test_the_shape_of_a_budget_takes_no_more_than_the_spectra(project, monkeypatch):
     """The layers' inputs are looked at once, and no map is made."""
     seen = []
     own = ranks.moments_of
-    monkeypatch.setattr(ranks, "moments_of", lambda *a: seen.append(a[-1]) or own(*a))
+    monkeypatch.setattr(ranks, "moments_of", lambda *a: seen.append(a[4]) or own(*a))
     for name in ("moments_of", "_warm_start"):
         monkeypatch.setattr(inheriting, name, lambda *a: pytest.fail("made in full"))
     monkeypatch.chdir(project)
-    rows = read_split("toy", "train")
-    made, _ = start_of(read_start("fresh_of_bytes"), load(compressed("q8_up")), "toy", 0, rows)
+    made, _ = starts_of(project).of(read_start("fresh_of_bytes")[0])
     assert seen == ["spectra"] and made.parameters == adapter(project, "in_bytes").parameters
+
+
+def test_starts_have_their_look_in_common_and_are_what_each_is_alone(project, monkeypatch):
+    """One pass with the teacher's LoRA and one without; the same start is made once."""
+    looks, maps = [], []
+    look, share = inheriting.input_second_moments, ranks.share_out
+    monkeypatch.setattr(inheriting, "input_second_moments", lambda m, e, layers: looks.append(len(layers)) or look(m, e, layers))
+    monkeypatch.setattr(ranks, "share_out", lambda *a: maps.append(a) or share(*a))
+    monkeypatch.chdir(project)
+    together = starts_of(project)
+    names = ["bypass_alone", "calora", "fresh_of_bytes", "in_bytes", "no_labels"]
+    made = {name: together.of(read_start(name)[0]) for name in names}
+    assert [count for count in looks if count] == [14, 14] and len(maps) == 1
+    assert made["calora"][0] is made["no_labels"][0]
+    for name in names:
+        one, report = starts_of(project).of(read_start(name)[0])
+        assert one.lora.keys() == made[name][0].lora.keys() and one.recovery.keys() == made[name][0].recovery.keys()
+        assert all(torch.equal(tensor, made[name][0].lora[key]) for key, tensor in one.lora.items())
+        assert all(torch.equal(tensor, made[name][0].recovery[key]) for key, tensor in one.recovery.items())
+        assert json.dumps(report.to_json()) == json.dumps(made[name][1].to_json())
 
 
 def test_an_adapter_may_be_a_bypass_alone(project):

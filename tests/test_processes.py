@@ -20,8 +20,9 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CALORA_DTYPE": "float32"}
 FIRST = (("methods",), ("base",), ("download", "toy"), ("compress", "q8_up"))
 TRAINING = (
     ("teacher", "toy"),
+    ("targets", "toy"),
     ("small", "toy"),
-    ("inherit", "toy", "q8_up", "calora"),
+    ("inherit", "toy", "q8_up"),
     ("distill", "toy", "q8_up", "calora"),
 )
 SCORES = (("reference", "toy"), ("score", "toy", "q8_up", "calora"), *LAST)
@@ -57,7 +58,7 @@ def test_two_processes_make_what_one_does(tmp_path, monkeypatch, answers, import
     shutil.copytree(one, two, symlinks=True)
     alone(one, (*TRAINING, *SCORES))
     for stage in TRAINING:
-        if stage[0] == "inherit":
+        if stage[0] in ("targets", "inherit"):
             alone(two, [stage])
         else:
             together(two, *stage)

@@ -31,11 +31,11 @@ from stages.training import digest, run_key
 from tests.conftest import ROOT, TASK, change, make_project
 
 FIRST = (
-    ("methods",), ("base",), ("download", "toy"), ("calibration",), ("teacher", "toy"), ("compress", "q8_up"),
-    ("small", "toy"), ("reference", "toy"),
+    ("methods",), ("base",), ("download", "toy"), ("calibration",), ("teacher", "toy"), ("targets", "toy"),
+    ("compress", "q8_up"), ("small", "toy"), ("reference", "toy"),
 )  # fmt: skip
 LAST = (("evaluate", "toy", "q8_up"), ("report",))
-OF_METHODS = ("inherit", "distill", "score")
+OF_METHODS = ("distill", "score")
 COMPARED = ["clm", "clm_inherited", "clm_lora", "clm_lora_same", "calora"]
 
 
@@ -49,7 +49,7 @@ def run_all(folder: Path) -> None:
     params = load_params()
     texts = (("write", "toy", method) for method in params.compare)
     of_methods = ((stage, "toy", "q8_up", method) for method in params.compare for stage in OF_METHODS)
-    for name, *arguments in (*FIRST, *texts, *of_methods, *LAST):
+    for name, *arguments in (*FIRST, *texts, ("inherit", "toy", "q8_up"), *of_methods, *LAST):
         if name == "calibration":  # the embedded corpora come from the network
             calibration_texts(folder)
         else:

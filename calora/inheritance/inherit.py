@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -31,7 +31,7 @@ from calora.errors import CaloraError
 from calora.inheritance.fresh import fresh_lora, unchanged_scales
 from calora.layers.layout import dense_weight
 from calora.models.anatomy import linear_layers, module_names
-from calora.models.moments import input_second_moments
+from calora.models.moments import held_together, input_second_moments
 from calora.models.tasks import Example
 from calora.recovery.bypass import ACTIVATIONS, RecoveryBypass
 from calora.recovery.warmstart import best_linear_correction, correction_rank, linear_as_bypass
@@ -132,6 +132,7 @@ def inherit(
     scales: bool = False,
     reference: PreTrainedModel | None = None,
     calibration: Sequence[Example] = (),
+    moments: MutableMapping[str, Tensor] | None = None,
     origin: Origin = WHOLE,
     seed: int = 0,
 ) -> tuple[Adapter, Inheritance]:
@@ -146,6 +147,7 @@ def inherit(
         reference: the uncompressed model. It is needed for a warm start, and for an inherited LoRA on layers that lost
             inputs. With an inherited LoRA its inputs are those under the teacher's; it is left as it was.
         calibration: examples of the task, whose inputs weigh the compression error.
+        moments: what another look at the same examples found (`moments_of`), the teacher on the reference as here.
         origin: where the compressed model's layers come from, if some were cut or reordered.
         seed: of a fresh LoRA, and of the D of a bypass that starts from zero.
 
@@ -175,7 +177,7 @@ def inherit(
     errors: dict[str, list[float]] = {}
     layers = linear_layers(whole)
     with taught(whole, teacher if lora == "inherited" else None):
-        for key, moment in moments_of(whole, sorted({*refit, *warm}), origin, calibration, "warm start"):
+        for key, moment in moments_of(whole, sorted({*refit, *warm}), origin, calibration, "warm start", moments):
             if key in refit:
                 a = teacher.lora[f"{origin.source(key)}.lora_A.weight"]
                 adapter.lora[f"{key}.lora_A.weight"] = origin.fit_columns(key, a, moment)
@@ -231,19 +233,34 @@ def random_bypasses(layers: Mapping[str, nn.Linear], rank: Rank, activation: str
 
 
 def moments_of(
-    reference: PreTrainedModel, layers: Sequence[str], origin: Origin, calibration: Sequence[Example], title: str
+    reference: PreTrainedModel,
+    layers: Sequence[str],
+    origin: Origin,
+    calibration: Sequence[Example],
+    title: str,
+    seen: MutableMapping[str, Tensor] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (compressed layer, X^T X [in, in]); X are the inputs that the *uncompressed* model sees.
 
     Those of the compressed one have drifted, and a correction that is fitted to them is far worse (docs/method.md has
     the figures).
+
+    Args:
+        seen: layer of the reference -> X^T X, of earlier looks at the same texts; takes those of this one, where they may
+            be held together.
     """
     whole, names = linear_layers(reference), {origin.source(key): key for key in layers}
     missing = sorted(set(names) - set(whole))
     if missing:
         raise CaloraError("reference", "the model that was compressed", f"one without {missing[0]}", "give that one")
-    moments = input_second_moments(reference, calibration, {source: whole[source] for source in names})
-    for source, moment in progress(moments, title, "layers", len(layers)):
+    asked = {source: whole[source] for source in names}
+    if seen is None or not held_together(asked):
+        found = input_second_moments(reference, calibration, asked)
+    else:
+        new = {source: layer for source, layer in asked.items() if source not in seen}
+        seen.update(input_second_moments(reference, calibration, new))
+        found = ((source, seen[source]) for source in asked)
+    for source, moment in progress(found, title, "layers", len(layers)):
         yield names[source], moment.cpu()  # the algebra is done there, wherever the model ran
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from itertools import pairwise
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from calora.adapters.codes import HEADER, stored_bytes
@@ -29,6 +30,7 @@ def share_ranks(
     format: str,
     reference: PreTrainedModel | None,
     calibration: Sequence[Example],
+    moments: MutableMapping[str, Tensor] | None = None,
     origin: Origin = WHOLE,
 ) -> dict[str, int]:
     """Layer -> rank of its bypass, of the layers that get one: `rank` of a `Bypass` with a warm start.
@@ -46,6 +48,7 @@ def share_ranks(
         format: how it will be stored: `bf16`, `int8` or `int4`.
         reference: the uncompressed model; it is left as it was.
         calibration: examples of the task.
+        moments: what another look at them found, as in `inherit`.
         origin: where the compressed model's layers come from.
 
     Raises:
@@ -58,7 +61,7 @@ def share_ranks(
     whole, spectra = needed(reference, calibration, "a budget"), dict[str, Spectrum]()
     reference_layers = linear_layers(whole)
     with taught(whole, teacher):
-        for key, moment in moments_of(whole, sorted(layers), origin, calibration, "spectra"):
+        for key, moment in moments_of(whole, sorted(layers), origin, calibration, "spectra", moments):
             widths = layers[key].in_features, layers[key].out_features
             sizes = (stored_bytes(key, *widths, rank, format) for rank in range(0, min(widths) + 1, step))
             moment, weight, error = weighted_error(reference_layers, key, layers[key], origin, moment)

@@ -81,11 +81,16 @@ def input_second_moments(
     group: dict[str, Any] = {}
     for name, layer in layers.items():
         group[name] = layer
-        if sum(4 * item.in_features**2 for item in group.values()) >= MOMENT_BYTES:
+        if not held_together(group):
             yield from _accumulate(model, examples, group, lambda x: x.T @ x, "input covariance").items()
             group = {}
     if group:
         yield from _accumulate(model, examples, group, lambda x: x.T @ x, "input covariance").items()
+
+
+def held_together(layers: Mapping[str, Any]) -> bool:
+    """Whether the second moments of the inputs of these linear layers may be in memory at once."""
+    return sum(4 * layer.in_features**2 for layer in layers.values()) < MOMENT_BYTES
 
 
 def read_together(model: PreTrainedModel) -> list[list[str]]:
