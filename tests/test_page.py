@@ -22,6 +22,7 @@ from calora.device.engine import Refused
 from calora.device.limits import Limits
 from calora.device.served import check_reference
 from calora.errors import CaloraError
+from calora.models.tasks import Task
 from tests.conftest import ROOT
 from tests.test_serve import KEY, LIMITS, MODELS, MOVIES, Fake, pool_of
 
@@ -351,6 +352,7 @@ def test_compare_a_text(driver, sites):
     assert "95.0 MB" in person.columns["CA-LoRA"] and "275.0 MB" in person.columns["Uncompressed + LoRA"]
     person.press("control", "enter")
     person.see("type or paste one first", "#text-said")
+    assert person.find("textarea[aria-invalid=true][aria-describedby=text-said]")
     assert person.focused == "text-text" and not site.engine.asked
     person.type("a fine <b>film</b>")
     person.press("control", "enter")
@@ -454,6 +456,30 @@ def test_what_a_model_cannot_do_is_said_in_its_column_or_at_the_text(driver, sit
     person.see("The text is too long for one request", "#text-said")
     person.find("textarea")[0].send_keys("!")
     assert not person.find("#text-said")
+
+
+def test_prompts_and_fields_are_those_of_the_task(driver, sites):
+    Person(driver, sites().url())
+
+    def of_the_page(work, *values):
+        script = f"const [...v] = arguments, done = v.pop(); import('/models.js').then((m) => done({work}))"
+        return driver.execute_async_script(script, *values)
+
+    row = {"one": "a {two} $& b", "two": "{{c}}", "ends": ["x", "y"]}
+    for template in ("{one}{two}", "{{{one}}} and }}{{ {two}", "\\{one} $1 {one}"):
+        task = Task("t", template, (), 16, 4)
+        assert of_the_page("m.fill(v[0], v[1])", template, row) == task.render(row)
+    listed = Task("listed", "{one}: {two}", (" {ends}",), 16, 4)
+    choices = Task("choices", "{one}", ("{choice_1}", "{choice_2}"), 16, 4)
+    models = [
+        {"id": name, "compressed": True, "reference": False, "method": "calora", "task": task.to_json()}
+        for name, task in (("a", listed), ("b", choices), ("c", replace(choices, prompt="Q: {one}")))
+    ]
+    found = of_the_page("m.choicesOf(v[0])", models)
+    assert [one["label"] for one in found][:3] == ["listed", "choices (b)", "choices (c)"]
+    fields = [[(field["label"], field["listed"]) for field in one["fields"]] for one in found[:2]]
+    assert fields[0] == [("One", False), ("Two", False), ("Ends, one a line", True)]
+    assert fields[1] == [("One", False), ("Choice 1", False), ("Choice 2", False)]
 
 
 def test_a_base_alone_can_be_tried(driver, sites):

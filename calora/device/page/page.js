@@ -1,7 +1,7 @@
 // The page: the key, the text, which models are compared, and running them one after another.
 
 import { Column, duration, element } from "./columns.js";
-import { choicesOf, fill } from "./models.js";
+import { choicesOf, fill, label } from "./models.js";
 import { Server, Trouble } from "./server.js";
 
 const KEY = "calora key";
@@ -40,7 +40,7 @@ function keep(name, value) {
 function keyOfAddress() {
   const found = location.hash.match(/^#key=(.+)$/);
   if (found) history.replaceState(null, "", location.pathname);
-  return found && decodeURIComponent(found[1]);
+  return found?.[1];
 }
 
 async function open(key) {
@@ -56,7 +56,7 @@ async function open(key) {
   say(trouble, "");
   entry.hidden = true;
   ask.hidden = false;
-  find("choice").replaceChildren(...choices.map(({ id, label }) => element("option", { value: id, textContent: label })));
+  find("choice").replaceChildren(...choices.map((one) => element("option", { value: one.id, textContent: one.label })));
   choose(choices.find(({ id }) => id === form.choice) ?? choices[0]);
   find("fields").querySelector("textarea").focus();
 }
@@ -95,18 +95,17 @@ function choose(chosen) {
   keep(FORM, form);
 }
 
-function field({ column, label }) {
+function field({ column, label: name }) {
   const id = `text-${column}`;
   const text = element("textarea", { id, value: form.texts[column] ?? "", placeholder: "Type or paste a text", name: column });
   text.setAttribute("aria-describedby", textSaid.id);
-  return [element("label", { htmlFor: id, textContent: label }), text];
+  return [element("label", { htmlFor: id, textContent: name }), text];
 }
 
 function box(model) {
   const input = element("input", { type: "checkbox", value: model.id, checked: isShown(model) });
-  const name = new Column(model).label;
-  const twice = choice.models.filter((other) => new Column(other).label === name).length > 1;
-  return element("label", {}, [input, twice ? `${name} (${model.id})` : name]);
+  const twice = choice.models.filter((other) => label(other) === label(model)).length > 1;
+  return element("label", {}, [input, twice ? `${label(model)} (${model.id})` : label(model)]);
 }
 
 function isShown(model) {
@@ -135,7 +134,7 @@ function row() {
 /** The first field that lacks a text, marked; else null. */
 function empty(texts) {
   const missing = choice.fields.find(({ column, listed }) => (listed ? texts[column].length < 2 : !texts[column].trim()));
-  for (const { column } of choice.fields) find(`text-${column}`).toggleAttribute("aria-invalid", column === missing?.column);
+  for (const { column } of choice.fields) find(`text-${column}`).ariaInvalid = String(column === missing?.column);
   if (missing) {
     say(textSaid, missing.listed ? `${missing.label}: two or more are needed.` : `${missing.label}: type or paste one first.`);
     find(`text-${missing.column}`).focus();
@@ -205,7 +204,7 @@ function failed(column, error) {
   }
   if (error.where === "text") {
     column.clear();
-    find(`text-${choice.fields[0].column}`).toggleAttribute("aria-invalid", true);
+    find(`text-${choice.fields[0].column}`).ariaInvalid = "true";
     say(textSaid, error.message);
     return "not run";
   }
@@ -271,7 +270,7 @@ ask.addEventListener("submit", (event) => {
 ask.addEventListener("input", ({ target }) => {
   if (target.matches("textarea")) {
     form.texts[target.name] = target.value;
-    target.removeAttribute("aria-invalid");
+    target.ariaInvalid = "false";
     say(textSaid, "");
   }
   if (target.matches("#tokens")) form.tokens[choice.id] = target.value;
