@@ -113,7 +113,7 @@ def plain(base: Path, out: Path) -> Path:
         )
         about = {
             "version": layout.VERSION, "context": architecture.context, "compressed_fingerprint": "none",
-            "files": layout.files_of(scratch), "base": {"file": layout.BASE, "apply": []}, "adapters": {},
+            "files": layout.files_of(scratch, {}), "base": {"file": layout.BASE, "apply": []}, "adapters": {},
         }  # fmt: skip
         write_json(scratch / layout.MANIFEST, about)
 

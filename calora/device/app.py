@@ -144,9 +144,8 @@ def make_app(
     @app.post("/v1/classify")
     async def classify(request: Request, body: Classification) -> dict[str, Any]:
         served, chosen = models[body.model]
-        if body.task is not None:
-            chosen = replace(chosen, task=scored_task(models[body.task][1]))
-        task = scored_task(chosen)
+        task = scored_task(chosen if body.task is None else models[body.task][1])
+        asked = replace(chosen, task=task)
         rows = [as_row(task, one) for one in body.inputs]
         for row in rows:  # before any work
             task.render(row)
@@ -155,7 +154,7 @@ def make_app(
 
         async def one(row: Row) -> Choice:
             async with some, served.turn(chosen):
-                return await choose(served.engine, chosen, row, limits.context, body.cache_prompt)
+                return await choose(served.engine, asked, row, limits.context, body.cache_prompt)
 
         choices = await _while_there(request, _all([one(row) for row in rows]))
         return _classified(choices, body.model)

@@ -160,7 +160,7 @@ class Llama:
             _run(self._engine.close())
         self._engine = None
 
-    def _with(self, models: Mapping[str, Model]) -> None:
+    def _with(self, models: dict[str, Model]) -> None:
         self.close()
         self.catalogue = replace(self.catalogue, models=models)
 

@@ -11,7 +11,7 @@ from rich.bar import Bar
 from rich.console import Console
 from rich.table import Table
 
-from calora.device.choose import Choice
+from calora.evaluation.choice import Choice
 from calora.models.tasks import Task
 
 try:
