@@ -19,7 +19,7 @@ from calora.device.sources import FolderSource, UrlSource, open_folder
 from calora.errors import CaloraError
 from calora.evaluation.choice import Choice
 from calora.models.tasks import Task
-from tests.test_serve import CATALOGUE, KEY, LIMITS, MODELS, PAIRS, Fake, folder, llama_cpp
+from tests.test_serve import CATALOGUE, KEY, LIMITS, MODELS, PAIRS, Fake, folder, llama_cpp, pool_of
 
 __all__ = ["folder"]  # a fixture
 OPTIONS = {"max_tokens": 5}
@@ -203,7 +203,7 @@ def test_through_a_pipe_a_line_is_a_text_and_nothing_else_is_written(monkeypatch
 def test_a_running_server_is_talked_with(monkeypatch):
     monkeypatch.setenv("CALORA_API_KEY", KEY)
     engine = Chatty()
-    transport = httpx.ASGITransport(make_app(CATALOGUE, engine, LIMITS, KEY))
+    transport = httpx.ASGITransport(make_app(pool_of(engine, LIMITS), LIMITS, KEY))
     screen = Typed("hello", "/model movies", "x", "/model base", "and?", "/model essay", "y")
     chat(UrlSource("http://test/v1", transport), OPTIONS, None, screen)
     assert screen.shown[2:5] == ["one", " two", " three"] and isinstance(screen.shown[8], Choice)
@@ -217,12 +217,15 @@ def test_a_running_server_is_talked_with(monkeypatch):
 
 def test_no_server_and_a_wrong_key_are_said(monkeypatch, capsys):
     monkeypatch.delenv("CALORA_API_KEY", raising=False)
-    transport = httpx.ASGITransport(make_app(CATALOGUE, Fake(), LIMITS, KEY))
+    transport = httpx.ASGITransport(make_app(pool_of(Fake(), LIMITS), LIMITS, KEY))
     with pytest.raises(CaloraError, match="CALORA_API_KEY: expected the key"):
         chat(UrlSource("http://test/v1", transport), OPTIONS, None, Typed())
     with pytest.raises(CaloraError, match="a running `calora serve`"):
         chat(
-            UrlSource("http://test/v2", httpx.ASGITransport(make_app(CATALOGUE, Fake(), LIMITS, ""))), {}, None, Typed()
+            UrlSource("http://test/v2", httpx.ASGITransport(make_app(pool_of(Fake(), LIMITS), LIMITS, ""))),
+            {},
+            None,
+            Typed(),
         )
     for command, said in (
         (["--url", "http://127.0.0.1:9/v1"], "calora serve FOLDER"), (["--url", "nothing"], "calora serve FOLDER"),

@@ -631,7 +631,7 @@ def test_llama_cpp_computes_what_the_uncompressed_model_does(tmp_path, plain, ca
     about = read_folder(out)
     score = about["adapters"]["toy"]["scores"]["gguf"]
     assert score["items"] == 12 and score["changed"] <= 1 and score["tokens"] == {"prompts": 12, "same": 12}
-    llama = Llama(out / "base.gguf", {file: out / file for file in about["adapters"]["toy"]["apply"]}, 128, 1)
+    engine = LlamaEngine(out / "base.gguf", {file: out / file for file in about["adapters"]["toy"]["apply"]}, 128, 1, 1)
     ids = load_tokenizer(base)("Review: a good film, the plot was great\nSentiment:").input_ids
     plainly = load_model(base, torch.float32)
     with torch.no_grad():
@@ -640,7 +640,7 @@ def test_llama_cpp_computes_what_the_uncompressed_model_does(tmp_path, plain, ca
             PeftModel.from_pretrained(plainly, str(folder))(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)
         )
     for want, other, on in ((own, alone, about["adapters"]["toy"]["apply"]), (alone, own, [])):
-        torch.testing.assert_close(probabilities(llama, ids, on), want, rtol=1e-3, atol=2e-3)
+        torch.testing.assert_close(probabilities(engine, ids, on), want, rtol=1e-3, atol=2e-3)
         assert float((want - other).abs().max()) > 0.3
 
 

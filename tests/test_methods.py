@@ -104,7 +104,9 @@ def test_starts_have_their_look_in_common_and_are_what_each_is_alone(project, mo
     """One pass with the teacher's LoRA and one without; the same start is made once."""
     looks, maps = [], []
     look, share = inheriting.input_second_moments, ranks.share_out
-    monkeypatch.setattr(inheriting, "input_second_moments", lambda m, e, layers: looks.append(len(layers)) or look(m, e, layers))
+    monkeypatch.setattr(
+        inheriting, "input_second_moments", lambda m, e, layers: looks.append(len(layers)) or look(m, e, layers)
+    )
     monkeypatch.setattr(ranks, "share_out", lambda *a: maps.append(a) or share(*a))
     monkeypatch.chdir(project)
     together = starts_of(project)
