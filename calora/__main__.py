@@ -87,7 +87,7 @@ def serve(command: argparse.ArgumentParser) -> Act:
         "--memory",
         type=float,
         metavar="MB",
-        help="that adapters may take; those that were not asked for last are read again when needed (all of them)",
+        help="that adapters may take; those asked for last are in memory, others are brought in (no limit)",
     )
     command.add_argument(
         "--allow", nargs="+", default=[], metavar="DIR", help="folders of which adapters may be added, besides FOLDER"

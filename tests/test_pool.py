@@ -6,7 +6,10 @@ import importlib.util
 import itertools
 import os
 import random
+import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -192,6 +195,9 @@ def test_many_requests_over_more_than_fits(place, seed):
 def test_a_limit_below_one_adapter_is_refused(place):
     with pytest.raises(CaloraError, match=r"--memory: expected 0\.001 MB or more, for adapter a, found 0\.0009 MB"):
         pool_of(place, memory=0.9 * MB)
+    for memory in (0, -1, float("nan")):
+        with pytest.raises(CaloraError, match="--memory: expected more than 0"):
+            pool_of(place, memory=memory)
 
 
 def test_a_runtime_that_ended_is_started_again(place):
@@ -734,13 +740,15 @@ def with_wrong_name(content):
 def test_closing_in_a_change_leaves_no_process_and_no_port(folder):
     async def test(client, pool):
         await said(client, "a", PROMPTS[0])
-        old = pool.engine.worker
+        old, port = pool.engine.worker, pool.engine.client.base_url.port
         first = asyncio.create_task(unload(client, "b"))
         await soon(lambda: pool.engine.worker is not old)
         new = pool.engine.worker
         assert new.alive and not old.alive
         await pool.close()
         assert not new.alive
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port), 5)
         with contextlib.suppress(asyncio.CancelledError):
             await first
 
@@ -749,15 +757,34 @@ def test_closing_in_a_change_leaves_no_process_and_no_port(folder):
 
 @llama_cpp
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks into /proc")
-def test_a_server_that_is_killed_leaves_no_process(folder):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_server_that_ends_in_a_change_leaves_no_process(folder, number):
     command = [sys.executable, "-m", "calora", "serve", str(folder), "--port", "0", "--threads", "1", "--context", "64"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
         try:
-            assert server.stdout.readline()
-            (child,) = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
+            address = re.search(r"http://\S+/v1", server.stdout.readline())[0]
+            key = server.stdout.readline().removeprefix("API key: ").strip()
+            old = children(server.pid)
+            change = threading.Thread(target=removal, args=(address, key))
+            change.start()
+            while not (new := children(server.pid)) - old:
+                time.sleep(0.001)
+            server.send_signal(number)
+            assert server.wait(30) == (0 if number == signal.SIGTERM else -number)
         finally:
             server.kill()
+    change.join()
     deadline = time.monotonic() + 20
-    while Path(f"/proc/{child}").exists() and Path(f"/proc/{child}/stat").read_text().split()[2] != "Z":
+    while any(Path(f"/proc/{child}").exists() for child in old | new):
         assert time.monotonic() < deadline
-        time.sleep(0.05)
+        time.sleep(0.01)
+
+
+def removal(address, key):
+    with contextlib.suppress(httpx.HTTPError):
+        headers = {"Authorization": f"Bearer {key}"}
+        httpx.post(f"{address}/unload_lora_adapter", json={"lora_name": "b"}, headers=headers, timeout=60)
+
+
+def children(pid):
+    return set(Path(f"/proc/{pid}/task/{pid}/children").read_text().split())

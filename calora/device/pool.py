@@ -48,6 +48,8 @@ class Pool:
         memory: float | None = None,
         allowed: Collection[Path] = (),
     ) -> None:
+        if memory is not None and not memory > 0:
+            raise CaloraError("--memory", "more than 0", memory, "correct it")
         self.catalogue, self.allowed = catalogue, allowed
         self.room = float("inf") if memory is None else memory * 1e6
         self.queue = AdapterQueue(limits.slots, limits.waiting, limits.patience)
