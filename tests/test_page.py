@@ -375,7 +375,7 @@ def test_answers_are_streamed_as_text_and_escape_ends_them(driver, sites):
     person.see("word word word", ".column[data-state=busy]")
     assert (
         "12.3 tokens/s" in person.columns["Uncompressed"]
-        and "as many as were asked for" in person.columns["Uncompressed"]
+        and "as many as asked for" in person.columns["Uncompressed"]
     )
     assert "<img src=x onerror=alert(1)>" in person.columns["Compressed"] and not driver.find_elements(
         "css selector", "main img"
@@ -449,8 +449,15 @@ def test_what_a_model_cannot_do_is_said_in_its_column_or_at_the_text(driver, sit
     assert "one two three" in person.columns["Uncompressed"]
     engine.error, engine.gate = None, asyncio.Event()
     person.press("control", "enter")
-    person.see("It took too long", ".column[data-state=trouble]")
-    person.see("done in", "#status")
+    person.see("It took longer than the server lets a request run", ".column[data-state=trouble]")
+    person.see("1 of 2 gave no answer", "#status")
+
+    async def fail():
+        raise Refused(500, "something broke")
+
+    engine.gate, engine.broken = None, fail
+    person.press("control", "enter")
+    person.see("one two three\nllama.cpp: something broke", ".column[data-state=trouble]")
     driver.execute_script("document.querySelector('textarea').value = 'long '.repeat(1000)")
     person.press("control", "enter")
     person.see("The text is too long for one request", "#text-said")

@@ -3,8 +3,9 @@
 import { label } from "./models.js";
 
 export class Column {
-  constructor(model) {
+  constructor(model, kind) {
     this.model = model;
+    this.time = kind === "classify" ? "time" : "first token";
     this.label = label(model);
     this.result = element("div", { className: "result quiet" });
     this.facts = element("dl", { className: "facts" });
@@ -19,7 +20,7 @@ export class Column {
 
   clear() {
     this.#show("", "quiet", "");
-    this.#tell();
+    this.#tell(["–"], ["–"]);
   }
 
   wait() {
@@ -43,35 +44,45 @@ export class Column {
       list.append(element("dt", { className: kind, textContent: text }), element("dd", { className: kind, textContent: percent(probs[index]) }), bar);
     });
     this.#show("done", "", list);
-    const read = tokens >= limit ? `the text's last ${tokens} tokens` : `${tokens} tokens`;
-    this.#tell(["time", duration(seconds), `${read} read`], ["speed", `${rate(tokens / seconds)} tokens/s`]);
+    const read = tokens >= limit ? `the text's last ${counted(tokens)}` : counted(tokens);
+    this.#tell([duration(seconds)], [`${rate(tokens / seconds)} tokens/s`, `${read} read`]);
     return `${labels[best]}, ${percent(probs[best])}`;
   }
 
   /** What is written so far. */
   write(text, tokens, wait, seconds) {
     this.#show("busy", "said", text);
-    this.#tell(["first token", duration(wait)], ["speed", seconds > 0 ? `${rate(tokens / seconds)} tokens/s` : "…", `${tokens} tokens`]);
+    this.#tell([duration(wait)], [tokens > 1 ? `${rate((tokens - 1) / seconds)} tokens/s` : "…", counted(tokens)]);
   }
 
   /** The whole of it. */
   written(text, { tokens, wait, speed, cut }) {
     this.#show("done", text ? "said" : "quiet", text || "nothing");
-    const note = `${tokens} tokens${cut ? ", as many as were asked for" : ""}`;
-    this.#tell(["first token", duration(wait)], ["speed", speed ? `${rate(speed)} tokens/s` : "…", note]);
+    this.#tell([duration(wait)], [speed ? `${rate(speed)} tokens/s` : "–", counted(tokens) + (cut ? ", as many as asked for" : "")]);
     return text || "nothing";
   }
 
   /** Ended by the reader; what was written stays. */
   stopped() {
-    const written = this.result.classList.contains("said");
-    if (written) this.facts.lastElementChild.lastElementChild.append(", stopped");
+    if (this.#written) this.facts.lastElementChild.append(", stopped");
     else this.#show("stopped", "quiet", this.element.dataset.state === "waiting" ? "not run" : "stopped");
     this.element.dataset.state = "stopped";
   }
 
+  get failed() {
+    return this.element.dataset.state === "trouble";
+  }
+
+  /** What went wrong; what was written stays. */
   fail(message) {
-    this.#show("trouble", "trouble", message);
+    const note = element("p", { className: "trouble", textContent: message });
+    if (this.#written) this.result.append(note);
+    else this.#show("trouble", "", note);
+    this.element.dataset.state = "trouble";
+  }
+
+  get #written() {
+    return this.element.dataset.state === "busy" && this.result.classList.contains("said");
   }
 
   #show(state, kind, content) {
@@ -80,14 +91,16 @@ export class Column {
     this.result.replaceChildren(content);
   }
 
-  #tell(...facts) {
+  /** The size, a time and a speed; a note below each has its place even where it is empty, so that columns stay in line. */
+  #tell([time], [speed, note = ""]) {
     const { base, adapter } = this.model.bytes;
     const parts = adapter ? `base ${megabytes(base)} + adapter ${megabytes(adapter)}` : "no adapter";
-    const rows = [["size", `${megabytes(base + adapter)} MB`, parts], ...facts];
+    const rows = [["size", `${megabytes(base + adapter)} MB`, parts], [this.time, time], ["speed", speed, note]];
     this.facts.replaceChildren(
-      ...rows.flatMap(([name, value, note]) => [
+      ...rows.flatMap(([name, value, below]) => [
         element("dt", { textContent: name }),
-        element("dd", {}, [value, ...(note ? [element("small", { textContent: note })] : [])]),
+        element("dd", { textContent: value }),
+        ...(below === undefined ? [] : [element("dd", { className: "note", textContent: below })]),
       ]),
     );
   }
@@ -102,6 +115,10 @@ export function element(tag, properties = {}, children = []) {
 
 export function duration(seconds) {
   return seconds < 1 ? `${Math.round(1000 * seconds)} ms` : `${seconds.toFixed(2)} s`;
+}
+
+function counted(tokens) {
+  return `${tokens} token${tokens === 1 ? "" : "s"}`;
 }
 
 function percent(share) {

@@ -87,7 +87,7 @@ function choose(chosen) {
   find("tokens").max = most;
   find("tokens").value = Math.min(form.tokens[choice.id] ?? choice.task?.max_new_tokens ?? TOKENS, most);
   find("models").replaceChildren(...choice.models.map(box));
-  columns = new Map(choice.models.map((model) => [model.id, new Column(model)]));
+  columns = new Map(choice.models.map((model) => [model.id, new Column(model, choice.kind)]));
   say(textSaid, "");
   status.textContent = "";
   say(find("hint"), hint());
@@ -158,7 +158,9 @@ async function run() {
   some[0].element.scrollIntoView({ block: "nearest" });
   try {
     const end = await through(some, texts, mine.signal);
-    status.textContent = end || `done in ${duration((performance.now() - began) / 1000)}`;
+    const failed = some.filter((column) => column.failed).length;
+    const done = failed ? `${failed} of ${some.length} gave no answer` : "done";
+    status.textContent = end || `${done} in ${duration((performance.now() - began) / 1000)}`;
   } finally {
     running = null;
     setBusy(false);
@@ -197,21 +199,19 @@ async function one(column, texts, signal) {
 
 /** Say what went wrong where the reader looks: at the text, the key, the column. */
 function failed(column, error) {
-  if (error.where === "key") {
-    column.clear();
-    needKey(error.message);
-    return "not run";
+  if (error.where === "model") {
+    column.fail(error.message);
+    find("heard").textContent = `${column.label}: ${error.message}`;
+    return "";
   }
+  if (error.where === "server") column.stopped();
+  else column.clear();
+  if (error.where === "key") needKey(error.message);
+  if (error.where === "server") say(trouble, error.message);
   if (error.where === "text") {
-    column.clear();
     find(`text-${choice.fields[0].column}`).ariaInvalid = "true";
     say(textSaid, error.message);
-    return "not run";
   }
-  column.fail(error.message);
-  find("heard").textContent = `${column.label}: ${error.message}`;
-  if (error.where !== "server") return "";
-  say(trouble, error.message);
   return "not run";
 }
 

@@ -74,7 +74,7 @@ function told(status, { message, code }) {
   if (status === 413) return new Trouble(`The text is too long for one request. ${message}.`, "text");
   if (code === "model_not_found") return new Trouble("The server no longer has this model: reload the page.", "model");
   if (code === "queue_full" || code === "queue_timeout") return new Trouble("The server is busy with other requests. Try again in a moment.", "model");
-  if (code === "timeout") return new Trouble(`It took too long and was ended. ${message}.`, "model");
+  if (code === "timeout") return new Trouble("It took longer than the server lets a request run.", "model");
   const [, has, room] = message.match(/\((\d+) tokens\) exceeds .*\((\d+) tokens\)/) ?? [];
   if (room) return new Trouble(`The text is too long: it has ${has} tokens, and the server reads ${room} at most (calora serve --context).`, "text");
   if (/does not answer/.test(message)) return new Trouble("llama.cpp does not answer any more: start calora serve again.", "model");
