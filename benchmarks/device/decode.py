@@ -14,26 +14,22 @@ from benchmarks.device.setting import Setting
 from stages.tables import Table
 
 PEFT = "transformers + PEFT, bf16"
-# How threads of OpenMP wait for each other after every operation: by asking again and again, a thousand times at most, or
-# asleep. Of one thread nothing waits.
-WAITING = {"as libgomp does": {}, "1000": {"GOMP_SPINCOUNT": "1000"}, "asleep": {"OMP_WAIT_POLICY": "passive"}}
+# How often a thread of OpenMP asks whether the others have come before it sleeps: as libgomp does by itself, as `calora serve`
+# has it, and never.
+SPINS = ("300000", "1000", "0")
 
 
 def workers(setting: Setting) -> dict[tuple[str, int, str], dict[str, Any]]:
-    """(model, threads, how they wait) -> what a worker is."""
-    four, eight = setting.exported(1), setting.exported_eight()
-    models = {
-        f"llama.cpp, {setting.compressed.name} + adapter": four,
-        f"llama.cpp, {setting.eight.name} + adapter": eight,
-    }
+    """(model, threads, spins) -> what a worker is."""
+    models = {f"llama.cpp, {name} + adapter": folder for name, folder in setting.with_an_adapter().items()}
     teachers = [str(path) for path in setting.teachers.values()]
     found: dict[tuple[str, int, str], dict[str, Any]] = {}
     for threads in setting.threads:
-        ways = WAITING if threads > 1 else {"as libgomp does": {}}
         found[PEFT, threads, ""] = {"kind": "peft", "base": str(setting.base), "adapters": teachers, "count": 1}
         for name, folder in models.items():
-            for way, environment in ways.items():
-                found[name, threads, way] = {"kind": "llama", "folder": str(folder), "environment": environment}
+            for spins in SPINS if threads > 1 else ("",):
+                environment = {"GOMP_SPINCOUNT": spins} if spins else {}
+                found[name, threads, spins] = {"kind": "llama", "folder": str(folder), "environment": environment}
         for key in found:
             found[key].setdefault("threads", key[1])
     return found
@@ -53,10 +49,10 @@ def measure(setting: Setting) -> dict[str, Any]:
 
 def table(found: dict[str, Any]) -> Table:
     """The best of the rounds, their median, and the ratio of the best to PEFT's with as many threads."""
-    made = Table("decode", ["model", "threads", "they wait", "tokens/s", "median", "times PEFT"], {0, 2})
+    made = Table("decode", ["model", "threads", "GOMP_SPINCOUNT", "tokens/s", "median", "times PEFT"], {0})
     peft = {threads: max(rates) for model, threads, _, rates in found["rows"] if model == PEFT}
-    for model, threads, way, rates in found["rows"]:
+    for model, threads, spins, rates in found["rows"]:
         best = max(rates)
         cells = [f"{best:.0f}", f"{statistics.median(rates):.0f}", f"{best / peft[threads]:.1f}"]
-        made.rows.append([model, str(threads), way, *cells])
+        made.rows.append([model, str(threads), spins, *cells])
     return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,7 @@ FIX = "delete it, then measure again"
 
 def made(out: Path, make: Callable[[Path], object]) -> Path:
     """A folder that is made once."""
+    out.parent.mkdir(parents=True, exist_ok=True)
     if not out.exists():
         with whole_directory(out) as scratch:
             make(scratch)
@@ -118,6 +120,11 @@ def plain(base: Path, out: Path) -> Path:
         write_json(scratch / layout.MANIFEST, about)
 
     return made(out, make)
+
+
+def copy(folder: Path, out: Path) -> Path:
+    """The same files once more: what two models have alike on a disk, they would share in memory."""
+    return made(out, lambda scratch: shutil.copytree(folder, scratch, dirs_exist_ok=True))
 
 
 def bytes_of(folder: Path) -> int:

@@ -16,7 +16,6 @@ from benchmarks.device.processes import Served, Worker
 from benchmarks.device.setting import Setting
 from stages.tables import Table
 
-SERVERS = 4  # that run side by side; more are computed
 CLIENTS = (1, 4)
 OURS, PEFT = "one base, N adapters", "transformers + PEFT, bf16"
 MERGED = {"4-bit": "N merged models, 4-bit", "bf16": "N merged models, bf16"}
@@ -33,8 +32,8 @@ def measure(setting: Setting) -> Found:
 
     for count in setting.counts:
         told(OURS, count, served(setting, [setting.exported(count)]))
-    for kind, folder in setting.merged().items():
-        run = {count: served(setting, [folder] * count) for count in setting.counts if count <= SERVERS}
+    for kind, places in setting.merged().items():
+        run = {count: served(setting, places[:count]) for count in setting.counts if count <= len(places)}
         for count in setting.counts:
             told(MERGED[kind], count, run[count] if count in run else computed(run, count))
     for count in setting.counts:

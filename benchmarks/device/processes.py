@@ -38,7 +38,11 @@ class Process:
     def memory(self) -> float:
         """MB that it has alone, and its share of what it has with others (PSS)."""
         own = psutil.Process(self.process.pid)
-        return sum(float(one.memory_full_info().pss) for one in [own, *own.children(recursive=True)]) / 1e6
+        while True:
+            try:
+                return sum(float(one.memory_full_info().pss) for one in [own, *own.children(recursive=True)]) / 1e6
+            except psutil.NoSuchProcess:  # one that has just ended
+                own.status()
 
     def __enter__(self) -> Self:
         return self

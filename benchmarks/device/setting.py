@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.device import folders
+from calora.common.files import digest
+
+SERVERS = 4  # of merged models that run side by side; more are computed
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,7 @@ class Setting:
     Args:
         base: folder of the uncompressed model.
         compressed: of the compressed one whose adapters are served; its name is that of its recipe.
-        eight: of one in 8 bits.
+        others: further recipes, whose speed is measured beside it.
         adapters: of the compressed one, by task; none: random ones.
         teachers: LoRAs of the uncompressed one.
         cache: where exported folders are kept.
@@ -30,7 +33,7 @@ class Setting:
 
     base: Path
     compressed: Path
-    eight: Path
+    others: Mapping[str, Path]
     adapters: Mapping[str, Path]
     teachers: Mapping[str, Path]
     cache: Path
@@ -46,17 +49,27 @@ class Setting:
     def exported(self, count: int) -> Path:
         """The compressed base with so many adapters."""
         most = max(*self.counts, self.mixed, count)
-        name = self.compressed.name
-        whole = folders.many(self.compressed, self.adapters, most, self.cache / f"{name}-{most}")
-        return whole if count == most else folders.first(whole, count, self.cache / f"{name}-{most}-{count}")
+        whole = self._many(self.compressed, most)
+        return whole if count == most else folders.first(whole, count, whole.parents[1] / f"{count}")
 
-    def exported_eight(self) -> Path:
-        """The base in 8 bits with an adapter of the same shape."""
-        return folders.many(self.eight, self.adapters, 1, self.cache / f"{self.eight.name}-1")
+    def with_an_adapter(self) -> dict[str, Path]:
+        """This base and the others, by recipe, each with an adapter of the same shape."""
+        return {
+            self.compressed.name: self.exported(1),
+            **{name: self._many(path, 1) for name, path in self.others.items()},
+        }
 
-    def merged(self) -> dict[str, Path]:
-        """What a task costs as a model of its own: in 4 bits (rounded once more), and exactly."""
-        return {"4-bit": self.exported(0), "bf16": folders.plain(self.base, self.cache / "plain")}
+    def merged(self) -> dict[str, list[Path]]:
+        """What tasks cost as models of their own, several each: in 4 bits (rounded once more), and exactly."""
+        place = self.cache / f"merged-{digest(self.base, self.compressed)[:8]}"
+        return {
+            kind: [folders.copy(folder, place / f"{kind}-{number}") for number in range(min(max(self.counts), SERVERS))]
+            for kind, folder in (("4-bit", self.exported(0)), ("bf16", folders.plain(self.base, place / "plain")))
+        }
+
+    def _many(self, compressed: Path, count: int) -> Path:
+        place = self.cache / f"{compressed.name}-{digest(compressed, *self.adapters.values())[:8]}"
+        return folders.many(compressed, self.adapters, count, place / f"whole-{count}")
 
     def told(self) -> dict[str, Any]:
         """What of it is stored beside results."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import sys
 import time
@@ -21,14 +22,23 @@ from calora.device.catalogue import BASE_NAME, Catalogue
 from calora.device.engine import LlamaEngine
 from stages.tables import Table
 
-CLIENTS, LONGEST = 4, 8  # requests at a time; tokens of an answer: 1 to so many
-CLOSE = 0.1  # of a log-probability: the same products, summed in another order, and rounded to 8 bits on the way
+CLIENTS, LONGEST, TOPS = 4, 8, 3  # requests at a time; tokens of an answer: 1 to so many; alternatives of each
+# Of log-probabilities: llama.cpp rounds what a layer reads to 8 bits, so that the same request in another batch, whose sums are
+# made in another order, may be off by so much; what is further off is wrong, and so is what is nearer to another adapter's.
+CLOSE, FAR = 0.1, 0.5
 ABSENT, CHANGE, SAMPLES = (
     50,
     100,
     200,
 )  # requests between two for an absent adapter, between two changes; looks at memory
-Answer = list[tuple[str, float]]  # tokens with their log-probabilities
+NOTHING: dict[str, list[Any]] = {
+    "content": [],
+    "tokens": [],
+    "top_logprobs": [],
+}  # of half a character llama.cpp tells none
+Answer = list[
+    tuple[str, dict[str, float]]
+]  # each token, and the likeliest ones in its place with their log-probabilities
 Key = tuple[str, int]  # model, number of the prompt
 Expected = dict[Key, Answer]
 
@@ -47,29 +57,35 @@ async def fresh(folder: Path, asked: Sequence[tuple[str, int]], threads: int) ->
         own = {file: path for file, path in catalogue.loras.items() if file in model.apply}
         engine = LlamaEngine(catalogue.base, own, min(256, catalogue.context), 1, threads)
         for number, (text, tokens) in enumerate(asked):
-            body = {"prompt": text, "max_tokens": tokens, "temperature": 0.0, "n_probs": 1, "cache_prompt": False}
+            body = {"prompt": text, "max_tokens": tokens, "temperature": 0.0, "n_probs": TOPS, "cache_prompt": False}
             said = await engine.ask("/v1/completions", body, model.apply)
-            tops = said["choices"][0]["logprobs"]["content"]
-            found[name, number] = [(one["token"], one["logprob"]) for one in tops]
+            found[name, number] = [
+                (one["token"], {other["token"]: other["logprob"] for other in one["top_logprobs"]})
+                for one in (said["choices"][0]["logprobs"] or NOTHING)["content"]
+            ]
         await engine.close()
     return found
 
 
-def judge(expected: Answer, found: Answer) -> str:
-    """`same`; `tie`, where the tokens part at two that are equally probable; or `wrong`."""
-    for (token, log), (other, other_log) in zip(expected, found, strict=False):
-        if abs(log - other_log) > CLOSE:
-            return "wrong"
-        if token != other:
-            return "tie"
-    return "same" if len(expected) == len(found) else "wrong"
+def distance(expected: Answer, found: Answer) -> float:
+    """How far log-probabilities are from each other (root mean square), of what both tell up to the first token that differs."""
+    squares, parted = [], False
+    for (token, tops), (other, others) in zip(expected, found, strict=False):
+        squares += [(tops[one] - others[one]) ** 2 for one in tops.keys() & others.keys()]
+        if parted := token != other:
+            if token not in others or other not in tops:  # else each is nearly as probable as the other one
+                return math.inf
+            break
+    if len(expected) != len(found) and not parted:
+        return math.inf
+    return math.sqrt(sum(squares) / max(1, len(squares)))
 
 
 def told_apart(expected: Expected) -> float:
-    """Share of (prompt, adapter, other adapter) whose answers are judged wrong for each other: what a soak would notice."""
+    """Share of (prompt, adapter, other adapter) whose answers are further from each other than one may be from itself."""
     names, numbers = ({key[place] for key in expected} for place in (0, 1))
     pairs = [(a, b, n) for n in numbers for a in names for b in names if a != b]
-    return sum(judge(expected[a, n], expected[b, n]) == "wrong" for a, b, n in pairs) / len(pairs)
+    return sum(distance(expected[a, n], expected[b, n]) > CLOSE for a, b, n in pairs) / len(pairs)
 
 
 class Soak:
@@ -89,11 +105,13 @@ class Soak:
         memory: Callable[[], float],
     ) -> None:
         self.client, self.asked, self.expected, self.memory = client, asked, expected, memory
-        self.there = list(dict.fromkeys(name for name, _ in expected))
+        self.names = list(dict.fromkeys(name for name, _ in expected))
+        self.there = list(self.names)
         self.away: list[str] = []
         self.removed = 0  # how often an adapter was taken out
         self.counts, self.problems = Counter[str](), list[str]()
         self.samples = list[tuple[int, float]]()
+        self.off = [0.0]  # by how much log-probabilities of right answers differ
         self.changing = asyncio.Lock()
 
     async def run(self, requests: int, seed: int = 0) -> dict[str, Any]:
@@ -102,27 +120,34 @@ class Soak:
 
         async def one() -> None:
             for number in left:
-                if number % max(1, requests // SAMPLES) == 0:
+                if number % max(1, requests // SAMPLES) == 0 and not self.changing.locked():
                     self.samples.append((number, self.memory()))
                 if number % CHANGE == CHANGE - 1 and not self.changing.locked():
                     await self.change(rng)
-                await self.request(rng, absent=bool(self.away) and number % ABSENT == 0)
+                await self.request(rng, absent=self.settled and number % ABSENT == 0)
                 if number % 500 == 0:
-                    print(number, dict(self.counts), self.samples[-1], file=sys.stderr, flush=True)
+                    print(number, dict(self.counts), self.samples[-1:], file=sys.stderr, flush=True)
 
         await asyncio.gather(*(one() for _ in range(CLIENTS)))
         self.samples.append((requests, self.memory()))
+        sizes = [size for _, size in self.samples]
         return {
             "requests": requests, "counts": dict(self.counts), "problems": self.problems[:10],
-            "told_apart": told_apart(self.expected), "seconds": time.monotonic() - start, "memory": self.samples,
-            "slope": slope(self.samples),
+            "off": {"p99": float(np.quantile(self.off, 0.99)), "most": max(self.off)}, "told_apart": told_apart(self.expected),
+            "memory_mb": {"first": sizes[0], "median": float(np.median(sizes)), "last": sizes[-1], "most": max(sizes)},
+            "slope": slope(self.samples), "seconds": time.monotonic() - start,
         }  # fmt: skip
+
+    @property
+    def settled(self) -> bool:
+        """Whether an adapter is out for certain."""
+        return bool(self.away) and not self.changing.locked()
 
     async def request(self, rng: random.Random, absent: bool) -> None:
         """One, of an adapter that is there, or of one that is not: that is refused."""
         model, number = rng.choice(self.away if absent else self.there), rng.randrange(len(self.asked))
         text, tokens = self.asked[number]
-        body = {"model": model, "prompt": text, "max_tokens": tokens, "temperature": 0.0, "logprobs": 1}
+        body = {"model": model, "prompt": text, "max_tokens": tokens, "temperature": 0.0, "logprobs": TOPS}
         removed = self.removed
         try:
             answer = await self.client.post("/completions", json=body)
@@ -132,9 +157,14 @@ class Soak:
             return self.note("refused, as it should be")
         if answer.status_code != 200 or (absent and model in self.away):
             return self.note("error", f"{model}: {answer.status_code} {answer.text[:200]}")
-        found = answer.json()["choices"][0]["logprobs"]
-        judged = judge(self.expected[model, number], list(zip(found["tokens"], found["token_logprobs"], strict=True)))
-        self.note(judged, f"{model}, prompt {number}: {found} for {self.expected[model, number]}" * (judged == "wrong"))
+        found = answer.json()["choices"][0]["logprobs"] or NOTHING
+        expected, said = self.expected[model, number], list(zip(found["tokens"], found["top_logprobs"], strict=True))
+        off = distance(expected, said)
+        others = (distance(self.expected[other, number], said) for other in self.names if other != model)
+        if off > CLOSE and (off > FAR or min(others) < off):
+            return self.note("wrong", f"{model}, prompt {number}: {said} for {expected}")
+        self.off.append(off)
+        self.note("same" if [token for token, _ in said] == [token for token, _ in expected] else "tie")
 
     def note(self, what: str, problem: str = "") -> None:
         """What became of a request."""
@@ -160,11 +190,10 @@ class Soak:
                     self.away.remove(name)
             if name not in self.away:
                 self.there.append(name)
-            known = answer.status_code not in (404, 405)
-            self.note(
-                "changes" if answer.status_code == 200 else "no such route" if not known else "error",
-                answer.text[:200] * known * (answer.status_code != 200),
-            )
+            if answer.status_code == 200:
+                self.note("changes")
+            elif answer.status_code not in (404, 405):  # not a server without such routes
+                self.note("error", f"change of {name}: {answer.status_code} {answer.text[:200]}")
 
 
 def slope(samples: Sequence[tuple[int, float]]) -> float:
@@ -188,18 +217,19 @@ def measure(setting: Setting) -> dict[str, Any]:
 
 def table(found: dict[str, Any]) -> Table:
     """What became of the requests."""
-    counts, memory = found["counts"], [size for _, size in found["memory"]]
+    counts, memory, off = found["counts"], found["memory_mb"], found["off"]
     made = Table("soak", ["", ""], {0})
     for name, value in (
         ("requests", f"{found['requests']:,}, of {found['adapters']} adapters and the base, four at a time"),
         ("changes: an adapter taken out, or brought back", f"{counts.get('changes', 0):,}"),
         ("answers as those of a fresh runtime", f"{counts.get('same', 0):,}"),
-        (f"parted at two tokens of equal probability (within {CLOSE})", f"{counts.get('tie', 0):,}"),
-        ("answers of another adapter, or wrong otherwise", f"{counts.get('wrong', 0):,}"),
+        ("the same up to two tokens that are as probable", f"{counts.get('tie', 0):,}"),
+        ("answers that are nearer to those of another adapter, or far from all", f"{counts.get('wrong', 0):,}"),
         ("refused because their adapter was out", f"{counts.get('refused, as it should be', 0):,}"),
         ("errors", f"{counts.get('error', 0):,}"),
-        ("pairs of adapters whose answers to a prompt differ by more than that", f"{100 * found['told_apart']:.1f} %"),
-        ("memory at the first, the median and the last look, MB", f"{memory[0]:.0f}, {np.median(memory):.0f}, {memory[-1]:.0f}"),
+        (f"pairs of adapters whose answers to a prompt are {CLOSE} or more apart", f"{100 * found['told_apart']:.1f} %"),
+        ("log-probabilities of an answer are off by (root mean square): 99 % of answers, all", f"{off['p99']:.3f}, {off['most']:.3f}"),
+        ("MB in memory at the first look, the median, the last, the most", ", ".join(f"{memory[one]:.0f}" for one in ("first", "median", "last", "most"))),
         ("its slope in the second half, MB a thousand requests", f"{found['slope']:+.2f}"),
         ("minutes", f"{found['seconds'] / 60:.0f}"),
     ):  # fmt: skip

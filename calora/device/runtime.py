@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,9 @@ from typing import Any
 from calora.errors import CaloraError, first_line
 
 ONLY = 100.0  # added to the logits of a task's answers, so that one of them has the highest
+# How often a thread asks whether the others have come, which it does after every operation, before it sleeps. By libgomp's own
+# 300,000 two threads take a hundred times as long where another program wants the same cores.
+SPINS = "1000"
 INSTALL = "pip install 'calora[device]'"
 
 
@@ -25,6 +29,7 @@ def installed() -> Iterator[None]:
 
 def library() -> Any:
     """The module xllamacpp."""
+    os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # libgomp reads it when it is loaded
     try:
         import xllamacpp
     except ImportError:

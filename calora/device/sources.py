@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,7 +27,7 @@ class Source(Protocol):
         """Those that are there now, the base first."""
         ...
 
-    def write(self, name: str, messages: Sequence[Message], options: Mapping[str, Any]) -> AsyncIterator[str]:
+    def write(self, name: str, messages: Sequence[Message], options: Mapping[str, Any]) -> AsyncGenerator[str, None]:
         """The next message of a chat, piece by piece; leaving early ends the work. `options` are OpenAI's."""
         ...
 
@@ -56,7 +56,9 @@ class FolderSource:
         """See `Source`."""
         return {name: model.task for name, model in self.catalogue.models.items()}
 
-    async def write(self, name: str, messages: Sequence[Message], options: Mapping[str, Any]) -> AsyncIterator[str]:
+    async def write(
+        self, name: str, messages: Sequence[Message], options: Mapping[str, Any]
+    ) -> AsyncGenerator[str, None]:
         """See `Source`."""
         asked = {"messages": list(messages), "cache_prompt": True, **options}
         async with self.engine.stream("/v1/chat/completions", asked, self.catalogue[name].apply) as pieces:
@@ -108,7 +110,9 @@ class UrlSource:
                 ) from None
             raise CaloraError(f"--url {self.url}", "a running `calora serve`", error, fix) from None
 
-    async def write(self, name: str, messages: Sequence[Message], options: Mapping[str, Any]) -> AsyncIterator[str]:
+    async def write(
+        self, name: str, messages: Sequence[Message], options: Mapping[str, Any]
+    ) -> AsyncGenerator[str, None]:
         """See `Source`."""
         asked = {"model": name, "messages": list(messages), "stream": True, **options}
         with reached():
