@@ -233,11 +233,16 @@ def without_tokenizer(theirs):
     return str(theirs / "bare")
 
 
+def moods(theirs):
+    rows = [{**row, "label": ("sad", "glad", "calm")[n % 3]} for n, row in enumerate(toy_rows(90, 5))]
+    return str(write_csv(theirs / "moods.csv", rows))
+
+
 REFUSED = {
     "nothing": (lambda t: Wanted(), "--base, --adapter or --data"),
     "no such base": (lambda t: wanted(t, base="nowhere"), "--base: expected a folder or file that is there, or a hub id"),
     "an adapter that is a GGUF": (lambda t: wanted(t, adapter=broken(t, "lora.gguf", "x")), "of a GGUF the one that"),
-    "an encoder": (lambda t: wanted(t, base=str(make_model("bert", t / "bert"))), "which writes no text"),
+    "an encoder": (lambda t: wanted(t, base=str(make_model("bert", t / "bert"))), "which answers nothing"),
     "a base of pickles": (lambda t: wanted(t, base=str(Path(broken(t, "p/pytorch_model.bin", "x")).parent)), "only pickles"),
     "a base that is a file": (lambda t: wanted(t, base=str(t / "train.csv")), "a model folder, a GGUF file"),
     "a GGUF that is none": (lambda t: wanted(t, base=broken(t, "x.gguf", "x")), "x.gguf: expected a model"),
@@ -254,6 +259,7 @@ REFUSED = {
     "a missing text": (lambda t: wanted(t, data=(broken(t, "e.csv", "text,label\n,1\n" + "a b,0\nb c,1\n" * 19),)), "row 1"),
     "a name with a dot": (lambda t: wanted(t, name="a.b"), "letters, digits, _ and -"),
     "a folder of anything": (lambda t: Wanted(data=(str(t / "base"),)), "files called train"),
+    "a task for a head of two labels": (lambda t: Wanted(base=str(make_model("classifier", t / "head")), data=(moods(t),)), "2 answers, as its head has"),
     "a chat without a template": (lambda t: wanted(t, chat=True), "a base with a chat template"),
     "an adapter for no task": (lambda t: Wanted(adapter=str(t / "lora"), name="unknown"), "what the adapter is for"),
 }  # fmt: skip
@@ -267,6 +273,15 @@ def test_what_it_refuses_it_refuses_in_a_line_and_nothing_is_written(project, th
         adopt(project, given)
     assert words in str(caught.value) and "\n" not in str(caught.value), caught.value
     assert Path("params.yaml").read_text() == TEXT and not list(Path("own").iterdir())
+
+
+def test_a_classifier_as_the_base(project, tmp_path, capsys):
+    base = make_model("classifier", tmp_path / "head", torch.float32)
+    data = write_csv(tmp_path / "mine.csv", toy_rows(90, 5))
+    adopt(project, Wanted(base=str(base), data=(str(data),)))
+    params, said = load_params(), capsys.readouterr().out
+    assert params.base.sha256 == fingerprint(base) and params.data.sets["mine"].labels == [0, 1]
+    assert "classifier of 2 labels" in said and "not for this base: m, q8_up_m" in said
 
 
 def test_each_part_alone(project, theirs, tmp_path, capsys):

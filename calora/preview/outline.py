@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from calora.errors import CaloraError
 from calora.models.anatomy import check_known, linear_layers, stacks
-from calora.models.families import Classifier, family_of
+from calora.models.families import Classifier, Encoder, family_of
 from calora.models.loading import load_tokenizer, model_class
-from calora.models.tasks import positions
+from calora.models.tasks import Task, positions
 from calora.models.uniform import uniform
 
 GGUF = ".gguf"
@@ -76,11 +76,13 @@ class Outline:
     @property
     def _tables(self) -> list[Tensor]:
         ends: list[Any] = [self.model.get_input_embeddings(), self.model.get_output_embeddings()]
-        return [end.weight for end in ends]
+        return [end.weight for end in ends if end is not None]  # a classifier's head is no table
 
     @property
     def kind(self) -> str:
         """How it answers."""
+        if isinstance(family_of(self.model), Classifier):
+            return f"classifier of {self.model.config.num_labels} labels"
         return "encoder-decoder" if self.model.config.is_encoder_decoder else "decoder-only"
 
     @property
@@ -93,6 +95,10 @@ class Outline:
         """Whether its tokenizer has a chat template."""
         return bool(getattr(self.tokenizer, "chat_template", None))
 
+    def check_answers(self, task: Task) -> None:
+        """Raise `CaloraError` unless the model can give the answers of a task, and tell them apart."""
+        family_of(self.model).answer_ids(self.model, task, self.tokenizer)
+
 
 def outline(path: Path) -> Outline:
     """The outline of a model folder (its weights may be missing), or of a GGUF file.
@@ -101,9 +107,11 @@ def outline(path: Path) -> Outline:
         CaloraError: it is no model that calora compresses: the configuration, an encoder, experts.
     """
     model = _of_gguf(path) if path.suffix == GGUF else _of_folder(path)
-    if isinstance(family_of(model), Classifier) or model.get_output_embeddings() is None:
-        found = f"{type(model).__name__}, which writes no text"
-        raise CaloraError(path, "a language model, decoder-only or encoder-decoder", found, "name another base")
+    family = family_of(model)
+    if isinstance(family, Encoder) or (not isinstance(family, Classifier) and model.get_output_embeddings() is None):
+        found = f"{type(model).__name__}, which answers nothing"
+        fix = "name another base, or give it a classifier's head first (docs/families.md)"
+        raise CaloraError(path, "a language model, or an encoder with a head", found, fix)
     model.tie_weights()
     uniform(model)
     check_known(model)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from calora.errors import CaloraError
 from pipeline.adopt.columns import Choice, choice, columns_of
 from pipeline.adopt.files import Source
-from pipeline.adopt.lengths import Lengths, longest, measure
+from pipeline.adopt.lengths import Lengths, longest, measure, sketch
 from pipeline.adopt.options import Options, in_columns, listed, options
 from pipeline.adopt.own import Own
 from pipeline.adopt.ready import entry_of, ready, renamed
@@ -67,6 +67,8 @@ def look(
         answers, labels = spaced(brought.answers, prompt, base), list(brought.labels)
     else:
         answers, labels = answers_of(name, wanted, before, found, names, prompt, base, said)
+    if base is not None:
+        base.check_answers(sketch(name, prompt, answers))
     rows = [row for place in splits.values() for row in source.rows[place]]
     lengths = measure(prompt, answers, rows, [name for name in label.values() if name], base)
     entry: Entry = {
@@ -94,6 +96,8 @@ def _as_ready(
     prompt = made.prompt
     if wanted.prompt or wanted.chat:
         prompt = prompt_of(name, wanted, {"prompt": prompt}, rows, found, None, base, said)
+    if base is not None:
+        base.check_answers(sketch(name, prompt, made.answers))
     lengths = measure(prompt, made.answers, rows, [name for name in label.values() if name], base)
     if lengths.most > made.max_tokens:
         said.unsure.append(

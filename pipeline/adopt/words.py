@@ -111,8 +111,6 @@ def answers_of(
         said.unsure.append(
             "the words of the answers, proposed: a LoRA needs those that it was trained with (--answers)"
         )
-    if base is not None:
-        sketch(name, prompt, answers).answer_token_ids(base.tokenizer)  # raises where two begin alike
     return answers, labels
 
 
@@ -126,7 +124,7 @@ def _begin_alike(name: str, prompt: str, answers: Sequence[str], base: Outline |
     if base is None:
         return False
     try:
-        sketch(name, prompt, answers).answer_token_ids(base.tokenizer)
+        base.check_answers(sketch(name, prompt, answers))
     except CaloraError:
         return True
     return False
