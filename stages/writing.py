@@ -30,7 +30,15 @@ def write(params: Params, name: str, method: str) -> None:
     if own.by == "teacher":
         attach_teacher(model, teacher(name), name)
     batch, top_k = params.train.eval_batch_size, params.teacher.top_k
-    made_of = (params.seed, own.model_dump_json(), batch, top_k, str(model.dtype), task.to_json(), digest(BASE, teacher(name)))
+    made_of = (
+        params.seed,
+        own.model_dump_json(),
+        batch,
+        top_k,
+        str(model.dtype),
+        task.to_json(),
+        digest(BASE, teacher(name)),
+    )
     with gathered(out, *made_of) as folder:
         rows = write_rows(
             folder / "batches", model, tokenizer, task, own.texts, temperature=own.temperature, tokens=own.tokens,
@@ -39,7 +47,10 @@ def write(params: Params, name: str, method: str) -> None:
         if own.by == "base":
             attach_teacher(model, teacher(name), name)
             place(model)
-        examples, title = encode_all(task, tokenizer, rows, positions(model.config)), f"{name}: targets of written texts"
+        examples, title = (
+            encode_all(task, tokenizer, rows, positions(model.config)),
+            f"{name}: targets of written texts",
+        )
         write_targets(folder / TARGETS, model, task, tokenizer, examples, batch, top_k, title)
         shutil.rmtree(folder / "batches")
         write_text(folder / WRITTEN, "".join(json.dumps(row) + "\n" for row in rows))

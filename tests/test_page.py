@@ -374,8 +374,7 @@ def test_answers_are_streamed_as_text_and_escape_ends_them(driver, sites):
     person.press("control", "enter")
     person.see("word word word", ".column[data-state=busy]")
     assert (
-        "12.3 tokens/s" in person.columns["Uncompressed"]
-        and "as many as asked for" in person.columns["Uncompressed"]
+        "12.3 tokens/s" in person.columns["Uncompressed"] and "as many as asked for" in person.columns["Uncompressed"]
     )
     assert "<img src=x onerror=alert(1)>" in person.columns["Compressed"] and not driver.find_elements(
         "css selector", "main img"

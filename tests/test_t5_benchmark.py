@@ -149,17 +149,12 @@ def test_losses_are_paired_with_the_teacher():
     }
     found = Results({"runs": {"0": {task: run for task in project.TASKS}}, "sizes": {"m": {}}}, tuple(project.TASKS))
     rows = {(row[0], row[1]): row for row in report.lost_table(found).rows}
-    assert rows["m", "+ inherited LoRA"][3:-2] == ["0.790"] * 4 and rows["m", "+ inherited LoRA"][-1].startswith(
-        "-0.010 ["
-    )
+    lost = rows["m", "+ inherited LoRA"]
+    assert lost[3:-2] == ["0.790"] * 4 and lost[-1].startswith("-0.010 [")
     assert rows["m", "+ CA-LoRA"][-1].startswith("+0.010 [") and rows["uncompressed", "LLM + LoRA (teacher)"][-1] == ""
     assert "| uncompressed | LLM |" in report.lost_table(found).grid()
 
 
 def test_the_page_has_a_place_for_the_table():
     page = report.PAGE.read_text(encoding="utf-8")
-    assert (
-        page.count("<!-- start: recipes of benchmarks.t5 -->")
-        == page.count("<!-- end: recipes of benchmarks.t5 -->")
-        == 1
-    )
+    assert all(page.count(f"<!-- {end}: recipes of benchmarks.t5 -->") == 1 for end in ("start", "end"))

@@ -78,9 +78,10 @@ def perturbed(adapter: Adapter, seed: int, least: float = 0.0) -> Adapter:
         spread = max(SPREAD * float(tensor.float().std()), least)
         return tensor + spread * torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
 
-    return replace(
-        adapter, **{part: {k: other(v) for k, v in getattr(adapter, part).items()} for part in ("lora", "recovery")}
-    )
+    def others(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: other(tensor) for name, tensor in tensors.items()}
+
+    return replace(adapter, lora=others(adapter.lora), recovery=others(adapter.recovery))
 
 
 def first(folder: Path, count: int, out: Path) -> Path:

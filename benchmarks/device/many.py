@@ -7,6 +7,7 @@ import random
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +62,15 @@ async def _measured(setting: Setting, servers: Sequence[Served]) -> Found:
         for clients in CLIENTS:
             for name, some in (("alone", targets[:1]), ("mixed", targets)):
                 found[f"{name}_{clients}"] = await load(
-                    clients, setting.requests, setting.tokens, lambda _, some=some: rng.choice(some)
+                    clients, setting.requests, setting.tokens, partial(_any_of, rng, some)
                 )
         if len(targets) > len(servers):
             found["switch_ms"] = await _switch(setting, targets[:2])
         return found
+
+
+def _any_of(rng: random.Random, some: Sequence[Target], _: int) -> Target:
+    return rng.choice(some)
 
 
 async def _switch(setting: Setting, pair: Sequence[Target]) -> float:
@@ -85,10 +90,15 @@ def computed(run: Mapping[int, Found], count: int) -> Found:
 def of_peft(setting: Setting, count: int) -> Found:
     """A process with the base and so many LoRAs, one request at a time."""
     teachers = [str(path) for path in setting.teachers.values()]
-    options = {"base": str(setting.base), "adapters": teachers, "count": count, "threads": setting.threads[0]}
+    options: dict[str, Any] = {
+        "base": str(setting.base),
+        "adapters": teachers,
+        "count": count,
+        "threads": setting.threads[0],
+    }
     with Worker("peft", **options) as worker:
         worker("load", requests=1, tokens=2, mixed=False)
-        found = {"memory_mb": worker.memory}
+        found: Found = {"memory_mb": worker.memory}
         for name in ("alone", "mixed"):
             found[f"{name}_1"] = worker("load", requests=setting.requests, tokens=setting.tokens, mixed=name == "mixed")
         return found | {"switch_ms": found["mixed_1"]["switch_ms"]}

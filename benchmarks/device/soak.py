@@ -83,7 +83,7 @@ def distance(expected: Answer, found: Answer) -> float:
 
 def told_apart(expected: Expected) -> float:
     """Share of (prompt, adapter, other adapter) whose answers are further from each other than one may be from itself."""
-    names, numbers = ({key[place] for key in expected} for place in (0, 1))
+    names, numbers = {name for name, _ in expected}, {number for _, number in expected}
     pairs = [(a, b, n) for n in numbers for a in names for b in names if a != b]
     return sum(distance(expected[a, n], expected[b, n]) > CLOSE for a, b, n in pairs) / len(pairs)
 

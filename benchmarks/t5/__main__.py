@@ -20,7 +20,9 @@ from pipeline.settings import ROOT
 def train(command: argparse.ArgumentParser) -> Act:
     """Train the base and write it to own/t5."""
     command.add_argument("--minutes", type=float, default=25.0, help="of processor time, as one thread has it (25)")
-    command.add_argument("--share", type=float, default=0.35, help="of it for span corruption, the rest for the tasks (0.35)")
+    command.add_argument(
+        "--share", type=float, default=0.35, help="of it for span corruption, the rest for the tasks (0.35)"
+    )
     command.add_argument("--seed", type=int, default=0)
 
     def act(chosen: argparse.Namespace) -> None:

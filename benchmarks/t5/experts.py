@@ -41,8 +41,9 @@ VARIANTS: tuple[dict[str, Any], ...] = (
 
 def neurons_on(model: PreTrainedModel, examples: Sequence[Example], batch_size: int = 32) -> dict[str, float]:
     """Share of the neurons of each feed-forward that are above 0, over all real tokens, by the name of its block."""
+    family, handles = family_of(model), []
     counts: dict[str, list[Tensor]] = {}
-    family, masks, handles = family_of(model), {}, []
+    masks: dict[str, Tensor] = {}
     for stack, blocks in stacks(model).items():
         for place, block in enumerate(blocks):
             name = f"{stack}.{place}"
@@ -101,7 +102,7 @@ def sweep() -> None:
     for name, share in neurons_on(dense, [e for own in scored.examples.values() for e in own]).items():
         print(f"{name}: {share:.1%} of the neurons are on for a token")
     whole = scored.hits(dense, None)
-    print(f"dense: {sum(whole) / len(whole):.4f} of {len(whole)} validation texts of {', '.join(params.tasks)}", flush=True)
+    print(f"dense: {sum(whole) / len(whole):.4f} of {len(whole)} texts of {', '.join(params.tasks)}", flush=True)
     for variant in VARIANTS:
         model, made = scored.model({**DEFAULT, **variant})
         assert made is not None

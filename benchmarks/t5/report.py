@@ -28,7 +28,8 @@ def lost_table(found: Results) -> Table:
         size = f"{of_one(found, key)['bytes_on_disk'] / 1e6:.1f}"
         each = [f"{of_task([hits(one) for one in rows[task].values()]).value:.3f}" for task in found.tasks]
         gap = "" if key == TEACHER else said(found.difference(key, TEACHER))
-        table.rows.append([recipe or "uncompressed", short(method), size, *each, f"{mean.value:.3f}", interval(mean.ci), gap])
+        cells = [size, *each, f"{mean.value:.3f}", interval(mean.ci), gap]
+        table.rows.append([recipe or "uncompressed", short(method), *cells])
     return table
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, T5Config, T5ForConditionalGeneration
@@ -55,12 +56,12 @@ def fresh(shape: Shape, vocabulary: int, seed: int) -> T5ForConditionalGeneratio
     the decoder's last norm undoes that here, and the table may be small.
     """
     torch.manual_seed(seed)
-    config = T5Config(
+    options: dict[str, Any] = dict(
         vocab_size=vocabulary, d_model=shape.width, d_kv=shape.width // shape.heads, d_ff=shape.neurons,
         num_layers=shape.blocks, num_heads=shape.heads, feed_forward_proj="relu", dropout_rate=0.0,
         initializer_factor=shape.spread, decoder_start_token_id=0, dtype="bfloat16",
     )  # fmt: skip
-    model = T5ForConditionalGeneration(config)
+    model: Any = T5ForConditionalGeneration(T5Config(**options))
     with torch.no_grad():
         model.shared.weight.normal_(0, shape.table)
         model.decoder.final_layer_norm.weight.fill_(shape.width**0.5)
@@ -94,7 +95,7 @@ def base(params: Params, target: Path, minutes: float, share: float, shape: Shap
 def gaps(sets: Sets, tokenizer: PreTrainedTokenizerBase, shape: Shape, seed: int) -> Batch:
     """The batch of each step of span corruption: other gaps whenever a piece comes again."""
     cut = pieces(tokenizer, texts_of(sets), shape.piece, seed)
-    first = int(tokenizer.convert_tokens_to_ids("<extra_id_0>"))
+    first: Any = tokenizer.convert_tokens_to_ids("<extra_id_0>")
     print(f"{len(cut)} pieces of {shape.piece} tokens", flush=True)
 
     def batch(step: int) -> list[Example]:
@@ -136,7 +137,8 @@ def phase(title: str, start: Path, batch: Batch, minutes: float, shape: Shape, s
         yield {"loss": task_loss(family.forward(model, found, None), found)}, sum(e.tokens for e in examples)
 
     if not plan.exists():
-        write_json(plan, {"steps": steps_in(minutes, losses_of_step), "minutes": minutes, **asdict(shape), "seed": seed})
+        about = {"minutes": minutes, **asdict(shape), "seed": seed}
+        write_json(plan, {"steps": steps_in(minutes, losses_of_step), **about})
     steps = int(read_json(plan, "run `python -m benchmarks.t5 train`")["steps"])
     schedule = Schedule(steps, shape.rate, max(steps // 20, 1), 1.0, 0, 120.0)
     checkpoint = Checkpoint(CHECKPOINTS / f"{name}_steps", fingerprint(start))

@@ -90,7 +90,7 @@ def input_second_moments(
 
 def held_together(layers: Mapping[str, Any]) -> bool:
     """Whether the second moments of the inputs of these linear layers may be in memory at once."""
-    return sum(4 * layer.in_features**2 for layer in layers.values()) < MOMENT_BYTES
+    return bool(sum(4 * layer.in_features**2 for layer in layers.values()) < MOMENT_BYTES)
 
 
 def read_together(model: PreTrainedModel) -> list[list[str]]:
