@@ -348,17 +348,17 @@ def test_an_add_that_fails_leaves_what_was(place, monkeypatch):
     engine.bad = {file_of("c")}
 
     async def some():
-        jobs = [asyncio.create_task(ask(pool, name)) for name in "abab"]
-        with pytest.raises(CaloraError, match="files that it can load"):
-            await pool.add("c", file_of("c"))
-        await asyncio.gather(*jobs)
-        await ask(pool, "a")
+        for jobs in ([], [asyncio.create_task(ask(pool, name)) for name in "abab"]):
+            with pytest.raises(CaloraError, match="files that it can load"):
+                await pool.add("c", file_of("c"))
+            assert engine.has == engine.first  # before anyone asks
+            await asyncio.gather(*jobs)
         assert list(pool.catalogue.models) == ["base", "a", "b"]
         engine.bad.clear()
         await pool.add("c", file_of("c"))
 
     run(some())
-    assert engine.loads == [engine.first, {"recovery.gguf", *map(file_of, "abc")}]
+    assert engine.loads == [engine.first, engine.first, {"recovery.gguf", *map(file_of, "abc")}]
 
 
 @pytest.mark.parametrize("seed", range(3))
