@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,10 +73,10 @@ def told(made: Adapter, report: Inheritance) -> str:
     return line + (f"; {len(report.dropped)} LoRA tensors dropped: their layers were cut" if report.dropped else "")
 
 
-@cache
-def reference() -> PreTrainedModel:
+@lru_cache(maxsize=1)
+def reference(base: Path) -> PreTrainedModel:
     """The uncompressed model."""
-    model = load_model(BASE)
+    model = load_model(base)
     place(model)
     return model
 
@@ -135,7 +136,7 @@ class Starts:
         rows, limit = self.rows[:texts], positions(self.model.config)
         examples = encode_all(read_task(self.name), self.model.calora_tokenizer, rows, limit)
         moments = self._moments.setdefault((texts, lora == "inherited"), {})
-        return {"reference": reference(), "calibration": examples, "moments": moments}
+        return {"reference": reference(BASE.resolve()), "calibration": examples, "moments": moments}
 
     def _rank(self, own: Bypassed, lora: str, theirs: Adapter, data: dict[str, Any]) -> Rank:
         """The rank of a bypass, or what a budget gives each layer."""

@@ -119,6 +119,15 @@ def test_a_row_is_typed_or_json(task, lines, found):
         assert given(task, lines) == found
 
 
+@pytest.fixture
+def _ctrl_c():
+    """As in a program of its own: other tests serve in this process, which takes the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_ctrl_c")
 @pytest.mark.parametrize(("place", "said"), [(0, None), (2, "one two")])
 def test_ctrl_c_ends_the_answer_and_not_the_program(place, said):
     engine = Chatty()

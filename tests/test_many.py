@@ -23,6 +23,7 @@ from calora.device.app import make_app
 from calora.device.catalogue import Catalogue
 from calora.device.engine import LlamaEngine
 from calora.device.limits import Limits
+from calora.device.pool import Pool
 from calora.models.loading import load_model
 from tests.conftest import ROOT
 from tests.test_serve import KEY, folder, llama_cpp
@@ -42,7 +43,7 @@ def test_copies_are_other_adapters_and_folders_are_made_once(whole, tmp_path):
     catalogue = Catalogue.read(whole)
     assert list(catalogue.models) == ["base", "words0", "letters1", "words2", "letters3"]
     contents = {path.read_bytes() for path in (whole / "adapters").iterdir()}
-    assert len(contents) == 4 and len(set(map(len, contents))) == 2  # of the shapes of two
+    assert len(contents) == 4
     two = folders.first(whole, 2, tmp_path / "two")
     assert list(Catalogue.read(two).models) == ["base", "words0", "letters1"]
     assert folders.bytes_of(two) < folders.bytes_of(whole)
@@ -85,7 +86,7 @@ def test_a_slope_is_of_the_second_half():
 
 @contextlib.asynccontextmanager
 async def serving(catalogue, engine, change=None):
-    app = make_app(catalogue, engine, Limits(context=128), KEY)
+    app = make_app(Pool(catalogue, lambda _: engine, Limits(context=128)), Limits(context=128), KEY)
     headers = {"Authorization": f"Bearer {KEY}"}
     async with httpx.AsyncClient(
         transport=httpx.ASGITransport(app), base_url="http://test/v1", headers=headers
@@ -112,7 +113,8 @@ def test_a_soak_notices_an_answer_of_another_adapter(whole):
         engine = kind(catalogue.base, catalogue.loras, 128, 4, 1)
         async with serving(catalogue, engine) as client:
             found = await soak.Soak(client, asked, expected, lambda: 1.0).run(100)
-        assert sum(found["counts"].values()) == 100 and "error" not in found["counts"]
+        answered = {what: count for what, count in found["counts"].items() if what != "changes"}
+        assert sum(answered.values()) == 100 and "error" not in answered
         return found
 
     expected = asyncio.run(soak.fresh(whole, asked, 1))

@@ -115,7 +115,7 @@ def plain(base: Path, out: Path) -> Path:
             scratch / layout.BASE, architecture, tensors, entries, lambda writer: add_vocabulary(writer, base, rows)
         )
         about = {
-            "version": layout.VERSION, "context": architecture.context, "compressed_fingerprint": "none",
+            "version": layout.VERSION, "context": architecture.context, "compressed_fingerprint": "none", "base_fingerprint": "none",
             "files": layout.files_of(scratch, {}), "base": {"file": layout.BASE, "apply": []}, "adapters": {},
         }  # fmt: skip
         write_json(scratch / layout.MANIFEST, about)
