@@ -102,14 +102,17 @@ class Mixing(LlamaEngine):
 
     def _with(self, body, on):
         self.requests += 1
-        return super()._with(body, [on[0], self.names[1 + self.requests % 4]] if self.requests % 10 == 0 else on)
+        return super()._with(
+            body, [on[0], self.names[1 + self.requests % (len(self.names) - 1)]] if self.requests % 10 == 0 else on
+        )
 
 
 @llama_cpp
 def test_a_soak_notices_an_answer_of_another_adapter(whole):
-    asked, catalogue = soak.prompts(4), Catalogue.read(whole)
+    asked = soak.prompts(4)
 
     async def run(kind, expected):
+        catalogue = Catalogue.read(whole)  # of which adapters are taken out
         engine = kind(catalogue.base, catalogue.loras, 128, 4, 1)
         async with serving(catalogue, engine) as client:
             found = await soak.Soak(client, asked, expected, lambda: 1.0).run(100)

@@ -363,7 +363,14 @@ def test_an_adapter_of_ones_own_is_imported(project, tmp_path, monkeypatch):
 def test_the_snippet_of_the_readme_runs(project, monkeypatch, capsys):
     monkeypatch.chdir(project)
     code = re.search(r"```python\n(import calora.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
-    exec(compile(code.replace("movies", "toy").replace("calora/tweets", "calora/toy").replace("q3", "q8_up"), "README.md", "exec"), {})
+    exec(
+        compile(
+            code.replace("movies", "toy").replace("calora/tweets", "calora/toy").replace("q3", "q8_up"),
+            "README.md",
+            "exec",
+        ),
+        {},
+    )
     assert capsys.readouterr().out.strip() in ("['positive']", "['negative']")
 
 
