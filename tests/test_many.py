@@ -16,6 +16,7 @@ from peft import get_peft_model
 from benchmarks.device import contexts, decode, folders, many, soak, worker
 from benchmarks.device.__main__ import PAGE, PARTS, main
 from benchmarks.device.client import load
+from benchmarks.device.picture import picture
 from benchmarks.recipes import MARKS
 from calora.adapters.lora import lora_config
 from calora.device import runtime
@@ -258,6 +259,21 @@ def test_tables_of_rows():
     assert grid[1][2] == "9,000, computed" and grid[1][4] == "0" and grid[2][3] == "" and grid[2][7] == ""
     rates = [[decode.PEFT, 2, "", [10.0, 20.0]], ["llama.cpp", 2, "1000", [90.0, 50.0, 40.0]]]
     assert decode.table({"rows": rates}).rows[1] == ["llama.cpp", "2", "1000", "90", "50", "4.5"]
+
+
+def test_the_picture_has_what_was_measured():
+    """A bar for each model, the best of its rows; a line for each way to have N tasks, without markers where it was computed."""
+    rates = [[decode.PEFT, 2, "", [10.0]], [decode.PEFT, 1, "", [8.0]], ["llama.cpp", 2, "1000", [50.0, 40.0]]]
+    rows = [
+        {"what": what, "count": count, "memory_mb": 100.0 * count, **({"computed": True} if count == 16 else {})}
+        for what in (many.OURS, *many.MERGED.values(), many.PEFT)
+        for count in (1, 16)
+    ]
+    speed, memory = picture({"decode": {"rows": rates}, "many": {"rows": rows}}).axes
+    assert [bar.get_width() for bar in speed.patches] == [50, 10]
+    assert [text.get_text() for text in speed.texts] == ["50 (5.0x)", "10 (1.0x)"]
+    lines = [list(line.get_xdata()) for line in memory.lines]
+    assert lines == [[1, 16], [1]] * 4 and len(memory.get_legend().texts) == 4
 
 
 def test_every_part_has_its_place_in_the_docs(capsys):

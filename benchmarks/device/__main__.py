@@ -15,13 +15,14 @@ from typing import Any
 
 import benchmarks.device
 from benchmarks.device import contexts, decode, many, soak
+from benchmarks.device.picture import picture
 from benchmarks.device.setting import Setting
 from benchmarks.device.tiny import tiny
 from benchmarks.recipes import between
 from calora.common.files import read_json, write_json, write_text
 
 PARTS: dict[str, ModuleType] = {"decode": decode, "many": many, "contexts": contexts, "soak": soak}
-PAGE, DATA = Path("docs/device.md"), Path("docs/device.json")
+PAGE, DATA, PICTURE = Path("docs/device.md"), Path("docs/device.json"), Path("docs/device.png")
 
 
 def setting_of(chosen: argparse.Namespace) -> Setting:
@@ -82,8 +83,10 @@ def main(arguments: list[str] | None = None, said: Callable[[str], None] = print
 
 def write(part: str, found: dict[str, Any]) -> None:
     """Keep what was measured, and show it."""
-    data = read_json(DATA, "") if DATA.exists() else {}
-    write_json(DATA, data | {part: found})
+    data = (read_json(DATA, "") if DATA.exists() else {}) | {part: found}
+    write_json(DATA, data)
+    if {"decode", "many"} <= data.keys():
+        picture(data).savefig(PICTURE, dpi=130)
     grid = PARTS[part].table(json.loads(json.dumps(found))).grid()
     write_text(PAGE, between(PAGE.read_text(encoding="utf-8"), part, grid, "benchmarks.device"))
 
