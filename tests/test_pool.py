@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -482,6 +483,14 @@ def test_an_export_that_is_stopped_leaves_the_folder_as_it_was(made, folder, mon
     with pytest.raises(ZeroDivisionError):
         add(made, folder, "c")
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_two_that_add_at_once_both_add(made, folder):
+    """The second one waits for the first, and extends what that left."""
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda name: add(made, folder, name), "cd"))
+    assert set(read_folder(folder)["adapters"]) == set("abcd")
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 

@@ -7,10 +7,11 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 
 from calora.errors import CaloraError
@@ -34,6 +35,19 @@ def whole_directory(target: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
     replace_directory(scratch, target)
+
+
+@contextmanager
+def alone(target: Path) -> Iterator[None]:
+    """Wait until no other process that asks for this writes `target`."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(target.with_name(f".{target.name}.lock"))
+    with lock:
+        try:
+            yield
+        finally:  # while it is held: who waits for a file that is gone takes the next one
+            with suppress(OSError):
+                os.unlink(lock.lock_file)
 
 
 @contextmanager

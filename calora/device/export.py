@@ -14,7 +14,7 @@ from calora.adapters.cards import plain_card
 from calora.adapters.fold import fold, of_one_rank, shared_lora
 from calora.adapters.folder import read_adapter, write_adapter
 from calora.adapters.lora import Adapter
-from calora.common.files import extended_directory, read_json, whole_directory, write_json, write_text
+from calora.common.files import alone, extended_directory, read_json, whole_directory, write_json, write_text
 from calora.common.versions import versions
 from calora.compressed import stored_form
 from calora.device import folder as layout
@@ -113,27 +113,28 @@ def export(
             or what is there cannot be added to.
     """
     out = Path(out)
-    there = layout.read_folder(out) if add else None
-    if there:
-        kinds, recovery = _kinds(there), there.get("recovery", "not said")
-    _check(out, kinds, adapter_type, recovery, requantise)
-    if tests and "gguf" in kinds:
-        library()
-    source = read_source(Path(base), adapters, tasks or {})
-    if unknown := sorted(set(tests or {}) - set(source.adapters)):
-        raise CaloraError("tests", f"names among {', '.join(source.adapters)}", unknown[0], "name an adapter")
-    with extended_directory(out, layout.MANIFEST) if there else whole_directory(out) as scratch:
-        about = _extended(there, source, out) if there else _about(source, recovery)
-        if "gguf" in kinds:
-            _write_gguf(scratch, about, source, requantise, adapter_type)
-        if "peft" in kinds:
-            _write_peft(scratch, about, source, out)
-        about["files"] = layout.files_of(scratch, about["files"])
-        write_json(scratch / layout.MANIFEST, about)
-        if tests:
-            _score(scratch, about, source, tests, hits, draws, seed, threads)
-        write_json(scratch / layout.MANIFEST, about)
-        write_text(scratch / layout.CARD, export_card(about))
+    with alone(out):  # of two that add an adapter each, one would be lost
+        there = layout.read_folder(out) if add else None
+        if there:
+            kinds, recovery = _kinds(there), there.get("recovery", "not said")
+        _check(out, kinds, adapter_type, recovery, requantise)
+        if tests and "gguf" in kinds:
+            library()
+        source = read_source(Path(base), adapters, tasks or {})
+        if unknown := sorted(set(tests or {}) - set(source.adapters)):
+            raise CaloraError("tests", f"names among {', '.join(source.adapters)}", unknown[0], "name an adapter")
+        with extended_directory(out, layout.MANIFEST) if there else whole_directory(out) as scratch:
+            about = _extended(there, source, out) if there else _about(source, recovery)
+            if "gguf" in kinds:
+                _write_gguf(scratch, about, source, requantise, adapter_type)
+            if "peft" in kinds:
+                _write_peft(scratch, about, source, out)
+            about["files"] = layout.files_of(scratch, about["files"])
+            write_json(scratch / layout.MANIFEST, about)
+            if tests:
+                _score(scratch, about, source, tests, hits, draws, seed, threads)
+            write_json(scratch / layout.MANIFEST, about)
+            write_text(scratch / layout.CARD, export_card(about))
     return about
 
 
