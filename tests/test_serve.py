@@ -10,6 +10,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -29,6 +30,7 @@ from calora.device.export import export
 from calora.device.limits import Limits
 from calora.device.pool import Pool
 from calora.device.queue import AdapterQueue, Full, Late
+from calora.device.serve import _bind
 from calora.device.table import classify_table, of_export
 from calora.errors import CaloraError
 from calora.evaluation.choice import Choice
@@ -952,3 +954,9 @@ def check_answers(client, address):
     assert full["model"] == "reference/base" and full["choices"][0]["logprobs"] != whole["choices"][0]["logprobs"]
     assert client.get(address.removesuffix("v1")).text.startswith("<!doctype html>")
     assert client.get(address, headers={"Host": "elsewhere.example"}).status_code == 421
+
+
+def test_who_reads_the_address_may_come_at_once():
+    """The server itself starts later, and a connection waits for it."""
+    with _bind("127.0.0.1", 0) as bound, socket.create_connection(bound.getsockname(), 5):
+        pass

@@ -127,6 +127,7 @@ def _bind(host: str, port: int) -> socket.socket:
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
+        bound.listen()  # who reads the address may come at once, and waits until the server runs
     except OSError as error:
         raise CaloraError(
             f"{host}, port {port}", "an address that is free", first_line(error), "name another --port"
