@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import time
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -239,6 +240,23 @@ def test_a_load_is_of_all_clients_together(folder):
     found, seconds = asyncio.run(run())
     assert found["requests_per_second"] == pytest.approx(40 / seconds, rel=0.2)
     assert 10 <= found["p50_ms"] <= found["p95_ms"] <= found["max_ms"]
+
+
+def test_a_switch_is_what_the_other_adapter_takes_longer():
+    """A server that waits 20 ms whenever the model is another one than the last one's."""
+    last = [""]
+
+    async def answer(request):
+        model = json.loads(request.content)["model"]
+        await asyncio.sleep(0.005 + 0.02 * (model != last[0]))
+        last[0] = model
+        return httpx.Response(200, text='data: {"choices": [{"text": "x"}]}\n\ndata: [DONE]\n\n')
+
+    async def run():
+        async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://test") as client:
+            return await many._switch(SimpleNamespace(requests=10), [(client, "a"), (client, "b")])
+
+    assert asyncio.run(run()) == pytest.approx(20, abs=5)
 
 
 def test_more_servers_are_computed_from_those_that_ran():

@@ -18,8 +18,8 @@ Target = tuple[httpx.AsyncClient, str]  # a server, and a model of it
 
 
 def prompt_of(rng: random.Random) -> str:
-    """About 30 tokens, and never the same twice, so that no cache helps."""
-    return f"Review: {' '.join(rng.choices(WORDS, k=24))}\nSentiment:"
+    """About 30 tokens, which never begin as another one's, so that no cache helps."""
+    return f"{rng.randrange(10**6)}. {' '.join(rng.choices(WORDS, k=20))}\nSentiment:"
 
 
 async def ask(target: Target, tokens: int, rng: random.Random) -> tuple[float, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.device import folders
-from benchmarks.device.client import Target, load
+from benchmarks.device.client import Target, ask, load
 from benchmarks.device.processes import Served, Worker
 from benchmarks.device.setting import Setting
 from stages.tables import Table
@@ -74,10 +75,12 @@ def _any_of(rng: random.Random, some: Sequence[Target], _: int) -> Target:
 
 
 async def _switch(setting: Setting, pair: Sequence[Target]) -> float:
-    """What the median to the first token is later when requests alternate between two adapters than when they do not."""
-    same = await load(1, setting.requests, setting.tokens, lambda _: pair[0])
-    turns = await load(1, setting.requests, setting.tokens, lambda number: pair[number % 2])
-    return turns["p50_ms"] - same["p50_ms"]
+    """What the median to the first token is later of requests for another adapter than the last one's; every second one is."""
+    rng, firsts = random.Random(2), (list[float](), list[float]())
+    for number in range(4 * setting.requests):
+        firsts[number % 2].append((await ask(pair[(number + 1) // 2 % 2], 1, rng))[0])
+    same, other = (statistics.median(some) for some in firsts)
+    return 1000 * (other - same)
 
 
 def computed(run: Mapping[int, Found], count: int) -> Found:

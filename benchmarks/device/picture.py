@@ -38,7 +38,7 @@ def speeds(axes: Axes, rows: list[list[Any]]) -> None:
     colours = [LINES[many.PEFT][0] if name == decode.PEFT else OURS for name in names]
     bars = axes.barh([name.replace(", ", ",\n") for name in names], [best[name] for name in names], color=colours)
     axes.bar_label(bars, [f"{best[name]:.0f} ({best[name] / best[decode.PEFT]:.1f}x)" for name in names], padding=3)
-    axes.set(xlabel="tokens/s of one answer", xlim=(0, 1.25 * max(best.values())))
+    axes.set(xlabel="tokens/s of one answer", xlim=(0, 1.3 * max(best.values())))
     axes.tick_params(axis="y", labelsize=8)
     axes.grid(axis="x", alpha=0.3)
 
@@ -54,6 +54,7 @@ def memories(axes: Axes, rows: list[dict[str, Any]]) -> None:
     counts = sorted({row["count"] for row in rows})
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.set(xlabel="tasks on the device", ylabel="MB in memory")
     axes.grid(alpha=0.3)
