@@ -124,6 +124,7 @@ def test_a_soak_notices_an_answer_of_another_adapter(whole):
 
     expected = asyncio.run(soak.fresh(whole, asked, 1))
     assert len(expected) == 5 * 4 and soak.told_apart(expected) > 0.9
+    assert all(len(answers) == 1 + soak.COMPANIES for answers in expected.values())
     right, mixed = (asyncio.run(run(kind, expected)) for kind in (LlamaEngine, Mixing))
     assert "wrong" not in right["counts"] and "100, of" in soak.table({"adapters": 4, **right}).grid()
     assert (
@@ -151,7 +152,7 @@ class Coming:
             return httpx.Response(404)
         if self.wrong == "fails" and body["model"] == "a":
             return httpx.Response(503, text="busy")
-        steps = self.expected[body["model"], int(body["prompt"])]
+        steps = self.expected[body["model"], int(body["prompt"])][0]
         said = {"tokens": [token for token, _ in steps], "top_logprobs": [tops for _, tops in steps]}
         return httpx.Response(200, json={"choices": [{"logprobs": said}]})
 
@@ -160,7 +161,7 @@ class Coming:
 def test_adapters_come_and_go_during_a_soak(wrong, monkeypatch):
     monkeypatch.setattr(soak, "CHANGE", 20)
     monkeypatch.setattr(soak, "ABSENT", 5)
-    expected = {(name, number): [(name, {name: -1.0})] for name in ("base", "a", "b", "c") for number in range(2)}
+    expected = {(name, number): [[(name, {name: -1.0})]] for name in ("base", "a", "b", "c") for number in range(2)}
     server = Coming(expected, wrong)
 
     async def run():
