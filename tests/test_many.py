@@ -269,13 +269,13 @@ def test_more_servers_are_computed_from_those_that_ran():
 def test_tables_of_rows():
     rate = {"requests_per_second": 2.0, "p95_ms": 300.0}
     rows = [
-        {"what": many.OURS, "count": 4, "memory_mb": 1500.0, "files_mb": 10.0, "switch_ms": 3.0, **dict.fromkeys(("alone_1", "mixed_1", "alone_4", "mixed_4"), rate)},
-        {"what": many.MERGED["bf16"], "count": 16, "memory_mb": 9000.0, "files_mb": 10.0, "computed": True},
-        {"what": many.PEFT, "count": 4, "memory_mb": 900.0, "switch_ms": 2.0, "alone_1": rate, "mixed_1": rate},
+        {"what": many.OURS, "count": 4, "threads": 2, "memory_mb": 1500.0, "files_mb": 10.0, "switch_ms": 3.0, **dict.fromkeys(("alone_1", "mixed_1", "alone_4", "mixed_4"), rate)},
+        {"what": many.MERGED["bf16"], "count": 16, "threads": 2, "memory_mb": 9000.0, "files_mb": 10.0, "computed": True},
+        {"what": many.PEFT, "count": 4, "threads": 2, "memory_mb": 900.0, "switch_ms": 2.0, "alone_1": rate, "mixed_1": rate},
     ]  # fmt: skip
     grid = many.table({"rows": rows}).rows
-    assert grid[0][1:5] == ["4", "1,500", "10", "3.0"] and grid[0][-1] == "300"
-    assert grid[1][2] == "9,000, computed" and grid[1][4] == "0" and grid[2][3] == "" and grid[2][7] == ""
+    assert grid[0][1:6] == ["4", "2", "1,500", "10", "3.0"] and grid[0][-1] == "300"
+    assert grid[1][3] == "9,000, computed" and grid[1][5] == "0" and grid[2][4] == "" and grid[2][8] == ""
     rates = [[decode.PEFT, 2, "", [10.0, 20.0]], ["llama.cpp", 2, "1000", [90.0, 50.0, 40.0]]]
     assert decode.table({"rows": rates}).rows[1] == ["llama.cpp", "2", "1000", "90", "50", "4.5"]
 

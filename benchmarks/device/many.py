@@ -29,7 +29,7 @@ def measure(setting: Setting) -> Found:
     rows: list[Found] = []
 
     def told(what: str, count: int, found: Found) -> None:
-        rows.append({"what": what, "count": count, **found})
+        rows.append({"what": what, "count": count, "threads": setting.threads[0], **found})
         print(what, count, found, file=sys.stderr, flush=True)
 
     for count in setting.counts:
@@ -109,7 +109,7 @@ def of_peft(setting: Setting, count: int) -> Found:
 
 def table(found: Found) -> Table:
     """A line for each way and number of tasks."""
-    heads = ["", "tasks", "MB in memory", "MB of files", "switch, ms"]
+    heads = ["", "tasks", "threads", "MB in memory", "MB of files", "switch, ms"]
     loads = ("alone_1", "mixed_1", "alone_4", "mixed_4")
     heads += ["requests/s: one client, one task", "mixed", "four clients, one task", "mixed"]
     heads += ["first token, ms, p95: one client, mixed", "four clients, mixed"]
@@ -120,6 +120,7 @@ def table(found: Found) -> Table:
         cells = [
             row["what"],
             str(row["count"]),
+            str(row["threads"]),
             f"{row['memory_mb']:,.0f}{', computed' * ('computed' in row)}",
             files,
             switch,

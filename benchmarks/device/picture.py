@@ -46,7 +46,7 @@ def speeds(axes: Axes, rows: list[list[Any]]) -> None:
 def memories(axes: Axes, rows: list[dict[str, Any]]) -> None:
     """A line for each way to have N tasks; what was computed has no marker."""
     for what, (colour, marker) in LINES.items():
-        own = [row for row in rows if row["what"] == what]
+        own = list({row["count"]: row for row in rows if row["what"] == what}.values())
         places = [(row["count"], row["memory_mb"]) for row in own]
         measured = [place for place, row in zip(places, own, strict=True) if "computed" not in row]
         axes.plot(*zip(*places, strict=True), color=colour, lw=1.2)

@@ -1,0 +1,1 @@
+"""Answers, scores, and how sure they are."""

@@ -1,0 +1,1 @@
+"""Layers whose weights stay packed, and how any layer goes to disk and back."""
