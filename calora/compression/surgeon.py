@@ -46,17 +46,17 @@ def sweep(weight: Tensor, factor: Tensor, decide: Callable[[Tensor, int, Tensor]
         decide: (column [out], its index, it and what follows of its span [out, rest]) -> the new column [out].
         span: columns between two updates of all that follow.
     """
-    left = weight.detach().float().T.contiguous()  # [in, out]: a column of the weights is a row in memory
-    for start in range(0, len(left), span):
-        stop = min(start + span, len(left))
-        piece = left[start:stop]  # [span, out], a view: holds the new values once the span is done
+    left = weight.detach().float().clone()  # [out, in]
+    for start in range(0, left.shape[1], span):
+        stop = min(start + span, left.shape[1])
+        piece = left[:, start:stop]  # [out, span], a view: holds the new values once the span is done
         local = factor[start:stop, start:stop]  # [span, span]
-        errors = torch.zeros_like(piece)  # [span, out]
+        errors = torch.zeros_like(piece)  # [out, span]
         for i in range(stop - start):
-            column = piece[i].clone()  # [out]
-            new = decide(column, start + i, piece[i:].T)
-            errors[i] = (column - new) / local[i, i]
-            piece[i:].addr_(local[i, i:], errors[i], alpha=-1)
-            piece[i] = new
-        left[stop:] -= factor[start:stop, stop:].T @ errors
-    return left.T.contiguous()
+            column = piece[:, i].clone()  # [out]
+            new = decide(column, start + i, piece[:, i:])
+            errors[:, i] = (column - new) / local[i, i]
+            piece[:, i:].addr_(errors[:, i], local[i, i:], alpha=-1)
+            piece[:, i] = new
+        left[:, stop:] -= errors @ factor[start:stop, stop:]
+    return left
