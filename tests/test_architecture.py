@@ -15,7 +15,7 @@ STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 OURS = {"calora", "stages", "pipeline"}
 MAY_IMPORT = {
     "calora": {
-        "calora", "torch", "transformers", "peft", "safetensors", "accelerate", "huggingface_hub", "tqdm", "numpy", "scipy",
+        "calora", "torch", "transformers", "peft", "safetensors", "accelerate", "huggingface_hub", "tqdm", "numpy", "scipy", "filelock",
         "lm_eval",  # the extra of that name, in calora/lm_eval.py alone
         "gguf", "xllamacpp", "fastapi", "starlette", "uvicorn", "httpx", "pydantic", "rich",  # the extra `device`, in calora/device alone
     },
