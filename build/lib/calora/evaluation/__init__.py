@@ -1,1 +1,0 @@
-"""Answers, scores, and how sure they are."""

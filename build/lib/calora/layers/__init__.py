@@ -1,1 +1,0 @@
-"""Layers whose weights stay packed, and how any layer goes to disk and back."""
