@@ -16,8 +16,8 @@ from typing import Any
 from uuid import uuid4
 
 import yaml
-from filelock import FileLock, Timeout
 
+from calora.common.files import locked
 from calora.errors import CaloraError
 from pipeline.repository import bring_changes, bring_submodules, check_can_keep, git, prefix
 
@@ -124,19 +124,8 @@ def remove(root: Path, folder: Path) -> None:
 @contextmanager
 def owned(folder: Path) -> Iterator[bool]:
     """Whether nobody else alive has this checkout; it is then ours until the end. The system drops a dead process's lock."""
-    lock = FileLock(folder.with_name(f"{folder.name}.lock"), thread_local=False)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        Path(lock.lock_file).unlink(
-            missing_ok=True
-        )  # before it is free: who waits for it looks whether it is still there
-        lock.release()
+    with locked(folder.with_name(f"{folder.name}.lock"), wait=False) as ours:
+        yield ours
 
 
 def _last_touched(folder: Path) -> float:

@@ -61,24 +61,24 @@ async def fresh(folder: Path, asked: Sequence[tuple[str, int]], threads: int) ->
         own = {file: path for file, path in catalogue.loras.items() if file in model.apply}
         engine = LlamaEngine(catalogue.base, own, min(256, catalogue.context), CLIENTS, threads)
 
-        async def ask(number: int, name: str = name, engine: LlamaEngine = engine, model: Model = model) -> None:
-            text, tokens = asked[number]
-            body = {"prompt": text, "max_tokens": tokens, "temperature": 0.0, "n_probs": TOPS, "cache_prompt": False}
-            said = await engine.ask("/v1/completions", body, model.apply)
-            steps = (said["choices"][0]["logprobs"] or NOTHING)["content"]
-            tops = [
-                (one["token"], {other["token"]: other["logprob"] for other in one["top_logprobs"]}) for one in steps
-            ]
-            found.setdefault((name, number), []).append(tops)
-
-        for number in range(len(asked)):
-            await ask(number)
+        answers = [[await _answer(engine, model, *one)] for one in asked]
         for seed in range(COMPANIES):
             order = random.Random(seed).sample(range(len(asked)), len(asked))
             for start in range(0, len(order), CLIENTS):
-                await asyncio.gather(*(ask(number) for number in order[start : start + CLIENTS]))
+                some = order[start : start + CLIENTS]
+                together = await asyncio.gather(*(_answer(engine, model, *asked[number]) for number in some))
+                for number, answer in zip(some, together, strict=True):
+                    answers[number].append(answer)
+        found |= {(name, number): own for number, own in enumerate(answers)}
         await engine.close()
     return found
+
+
+async def _answer(engine: LlamaEngine, model: Model, text: str, tokens: int) -> Answer:
+    body = {"prompt": text, "max_tokens": tokens, "temperature": 0.0, "n_probs": TOPS, "cache_prompt": False}
+    said = await engine.ask("/v1/completions", body, model.apply)
+    steps = (said["choices"][0]["logprobs"] or NOTHING)["content"]
+    return [(one["token"], {other["token"]: other["logprob"] for other in one["top_logprobs"]}) for one in steps]
 
 
 def nearest(expected: Sequence[Answer], found: Answer) -> float:

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from calora.errors import CaloraError
@@ -38,16 +38,28 @@ def whole_directory(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def locked(file: Path, wait: bool = True) -> Iterator[bool]:
+    """Whether the lock `file` is ours until the end, always so where we wait; the system drops a dead process's lock."""
+    lock = FileLock(file, thread_local=False)
+    try:
+        lock.acquire(blocking=wait)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        with suppress(OSError):  # before it is free: who waits for it looks whether it is still there
+            os.unlink(file)
+        lock.release()
+
+
+@contextmanager
 def alone(target: Path) -> Iterator[None]:
     """Wait until no other process that asks for this writes `target`."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(target.with_name(f".{target.name}.lock"))
-    with lock:
-        try:
-            yield
-        finally:  # while it is held: who waits for a file that is gone takes the next one
-            with suppress(OSError):
-                os.unlink(lock.lock_file)
+    with locked(target.with_name(f".{target.name}.lock")):
+        yield
 
 
 @contextmanager
